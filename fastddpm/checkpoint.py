@@ -1,0 +1,229 @@
+"""Checkpoints: safetensors and JSON, complete or absent, verified on load; no pickle.
+
+RUN/checkpoints/step-00001000/ holds model, ema and optimizer tensors, state.json and a manifest of sha256 sums. It is
+written under a temporary name, fsynced and renamed, so a kill at any instant leaves the older ones as they were.
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .diffusion import STREAM_VERSION
+from .errors import CheckpointError
+from .files import sha256, sync, write_json
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_ATTEMPT = itertools.count()
+
+
+@dataclass
+class State:
+    """What a run needs to go on exactly: tensors on the host and a few numbers."""
+
+    step: int
+    """Optimiser steps done."""
+    samples_seen: int
+    """Images consumed: the position in the training sequence, and the whole state of the data."""
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    """Moments by "parameter name/moment name"."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """fp16's loss scale; empty otherwise."""
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Moments of an optimiser whose one group holds the parameters called `names`, in that order."""
+    tensors = {}
+    for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value.detach()
+    return tensors
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Put saved moments back, each with its parameter's strides.
+
+    torch's fused Adam on a CPU walks memory linearly: a moment with other strides than its parameter's is silently
+    mixed up, so a plain load_state_dict of contiguous tensors would corrupt channels_last weights.
+    """
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        by_parameter.setdefault(name, {})[kind] = value
+    for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+        for kind, value in by_parameter.get(name, {}).items():
+            if value.shape == parameter.shape and kind != "step":
+                moment = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
+            else:  # the step count: on the host, except where the fused optimiser wants it beside the parameter
+                fused = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
+                moment = value.clone().to(parameter.device if fused else "cpu")
+            optimizer.state[parameter][kind] = moment
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Copy tensors into a module's parameters in place, strides kept.
+
+    Raises:
+        CheckpointError: if names or shapes differ (the first few are named).
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} tensors are missing ({', '.join(missing[:2])}, ...)")
+        if unexpected:
+            parts.append(f"{len(unexpected)} are not of this net ({', '.join(unexpected[:2])}, ...)")
+        if shapes:
+            parts.append(f"{len(shapes)} have another shape ({sorted(shapes)[0]})")
+        raise CheckpointError(f"{what} is of another architecture: {'; '.join(parts)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one safetensors file, on the host.
+
+    Raises:
+        CheckpointError: naming the file, if it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run: Path, keep: int = 3) -> None:
+        self.folder = run / "checkpoints"
+        self.keep = keep
+
+    def all(self) -> list[Path]:
+        """Committed checkpoints, oldest first, verified or not."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(m[1]), path) for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
+
+    def save(self, state: State) -> Path:
+        """Commit a checkpoint and prune older ones; returns its folder.
+
+        Raises:
+            CheckpointError: if it cannot be written (a full disk, say); older checkpoints are untouched.
+        """
+        target = self.folder / f"step-{state.step:08d}"
+        temporary = self.folder / f".writing-{os.getpid()}-{next(_ATTEMPT)}"
+        try:
+            temporary.mkdir(parents=True)
+            for name, tensors in (("model", state.model), ("ema", state.ema), ("optimizer", state.optimizer)):
+                # save_file refuses strided tensors; a copy to the host in plain order also makes the file canonical.
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors"
+                )
+            facts = {
+                "format": FORMAT,
+                "stream_version": STREAM_VERSION,
+                "step": state.step,
+                "samples_seen": state.samples_seen,
+                "scaler": state.scaler,
+            }
+            (temporary / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
+            files = sorted(temporary.iterdir())
+            for path in files:
+                sync(path)
+            write_json(temporary / "manifest.json", {path.name: sha256(path) for path in files})
+            if target.exists():
+                # Left by a start that lost faith in it (it no longer verified): out of the way, then gone.
+                target.rename(self.folder / f".old-{os.getpid()}-{next(_ATTEMPT)}")
+            temporary.rename(target)
+            sync(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {target} cannot be written: {error}") from error
+        self._prune()
+        return target
+
+    def _prune(self) -> None:
+        for path in self.all()[: -self.keep]:
+            # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
+            path.rename(doomed := self.folder / f".old-{os.getpid()}-{next(_ATTEMPT)}")
+            shutil.rmtree(doomed, ignore_errors=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Delete what killed processes left half written or half deleted."""
+        for pattern in (".writing-*", ".old-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def verify(self, path: Path) -> str | None:
+        """Why a checkpoint cannot be trusted, or None if every byte is as written."""
+        try:
+            manifest: dict[str, str] = json.loads((path / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            return f"its manifest cannot be read: {error}"
+        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
+            if name not in manifest:
+                return f"its manifest does not name {name}"
+        for name, digest in manifest.items():
+            try:
+                if sha256(path / name) != digest:
+                    return f"{name} is not what was written (another sha256)"
+            except OSError as error:
+                return f"{name} cannot be read: {error}"
+        return None
+
+    def newest(self) -> tuple[Path, list[str]] | None:
+        """The newest checkpoint that verifies and a line for each newer one that does not; None if there are none.
+
+        Raises:
+            CheckpointError: if there are some but none verifies: starting again at step 0 would throw a run away.
+        """
+        refused = []
+        found = self.all()
+        for path in reversed(found):
+            reason = self.verify(path)
+            if reason is None:
+                return path, refused
+            refused.append(f"{path}: {reason}")
+        if not found:
+            return None
+        raise CheckpointError(
+            f"no checkpoint can be trusted ({'; '.join(refused)}); restore one, or choose another --run to start afresh"
+        )
+
+    def load(self, path: Path) -> State:
+        """Read a checkpoint.
+
+        Raises:
+            CheckpointError: if it was written by another format or noise layout, or cannot be read.
+        """
+        facts: dict[str, Any] = json.loads((path / "state.json").read_text())
+        for name, ours in (("format", FORMAT), ("stream_version", STREAM_VERSION)):
+            if facts.get(name) != ours:
+                raise CheckpointError(
+                    f"{path} has {name} {facts.get(name)} and this version of fastddpm {ours}: go on with the version "
+                    "that wrote it"
+                )
+        tensors = {name: read_safetensors(path / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+        return State(facts["step"], facts["samples_seen"], **tensors, scaler=facts["scaler"])

@@ -1,0 +1,205 @@
+"""The command line: `fastddpm train` and `fastddpm sample`. Progress goes to stderr, results to stdout.
+
+Options are the fields of a dataclass, read by tyro; every error becomes one line and an exit code (errors.py).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from .config import PRESETS, Config, Precision, flatten, preset
+from .errors import ConfigError, FastDDPMError
+
+T = TypeVar("T")
+
+USAGE = """\
+usage: fastddpm COMMAND [options]
+
+  train    train a DDPM into a run folder, or go on with the run that is there
+  sample   draw images from a run folder, a diffusers model folder or a Hub id
+
+fastddpm COMMAND --help shows every option; fastddpm --version the version."""
+
+INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a DDPM, or go on with the run that is in the run folder."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print config, parameter count, GFLOP per image and a memory estimate, and exit."""
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Draw images; writes DIR/grid.png, DIR/filmstrip.png and DIR/samples.npz (arr_0, uint8 [N, H, W, C])."""
+
+    source: tyro.conf.Positional[str]
+    """Run folder, local diffusers model or pipeline folder, or Hub id such as google/ddpm-cifar10-32."""
+    num: int = 64
+    """Images to draw: numbers 0 .. NUM - 1 of the seed."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm: ancestral, fresh noise at every step; ddim: deterministic unless eta is above 0, good in few steps."""
+    steps: int | None = None
+    """Network evaluations per image; unset: all timesteps of the model."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise, 0 to 1; 1 over all timesteps is the ancestral sampler. Ignored by ddpm."""
+    variance: Literal["fixed_small", "fixed_large"] | None = None
+    """Reverse variance of ddpm; unset: the model's own. With fewer steps fixed_small is better."""
+    seed: int = 0
+    """Image n of a seed is the same whatever the batch size and the number of processes."""
+    batch_size: int = 64
+    """Images per network call on each process."""
+    out: str = "samples"
+    """Folder to write into; made if it is not there."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network: fp32, bf16, or fp16 (GPU only)."""
+
+
+def _message(raw: str) -> str:
+    """tyro's boxed error as one line: the body above the rule, without the frame."""
+    lines = [line.strip("│╭╮╰╯ ") for line in raw.splitlines()]
+    body = []
+    for line in lines[1:] if raw.startswith("╭") else lines:
+        if line and set(line) <= {"─"}:
+            break
+        body.append(line)
+    return re.sub(r"\s+", " ", " ".join(part for part in body if part)) or "the options cannot be read"
+
+
+def _unknown(message: str, valid: list[str]) -> str:
+    """Complete tyro's list of unrecognised options with what would have been valid."""
+    name = message.split(":", 1)[1].split(",")[0].strip()
+    if not name.startswith("-"):
+        return f"unexpected argument {name!r}"
+    plain = name.lstrip("-").split("=")[0].replace("_", "-")
+    near = difflib.get_close_matches(plain, valid, n=1, cutoff=0.6)
+    section = plain.split(".")[0] + "."
+    shown = [v for v in valid if v.startswith(section)] or [v for v in valid if "." not in v]
+    hint = f"did you mean --{near[0]}? " if near else ""
+    return f"unknown option {name}: {hint}valid are {', '.join('--' + v for v in shown)}"
+
+
+def parse(kind: type[T], args: list[str], prog: str, default: T | None, valid: list[str]) -> T:
+    """Read options with tyro; its errors become one ConfigError line. --help prints and exits as usual.
+
+    Raises:
+        ConfigError: naming the option and what is valid.
+    """
+    # --no-a.b is accepted beside tyro's own --a.no-b.
+    args = [re.sub(r"^--no-((?:\w|-)+\.)", r"--\1no-", a) for a in args]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            if default is None:
+                return tyro.cli(kind, args=args, prog=prog)
+            return tyro.cli(kind, args=args, prog=prog, default=default)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        message = _message(complaint.getvalue())
+        raise ConfigError(
+            _unknown(message, valid) if message.startswith("Unrecognized options:") else message
+        ) from None
+
+
+def _preset_of(args: list[str]) -> str:
+    """The value of --preset, which is read before anything else because it supplies the defaults."""
+    name = "cifar10"
+    for here, following in zip(args, [*args[1:], None], strict=True):
+        if here == "--preset":
+            if following is None:
+                raise ConfigError(f"--preset needs a name: valid are {', '.join(PRESETS)}")
+            name = following
+        elif here.startswith("--preset="):
+            name = here.split("=", 1)[1]
+    return name
+
+
+def train(args: list[str]) -> int:
+    """`fastddpm train`."""
+    base = preset(_preset_of(args))
+    valid = [name.replace("_", "-") for name in flatten(dataclasses.asdict(base))] + ["dry-run"]
+    command = parse(TrainCommand, args, "fastddpm train", TrainCommand(base), valid)
+    if command.dry_run:
+        from .dryrun import describe
+
+        print(describe(command.config))
+        return 0
+    from .trainer import Trainer
+
+    trainer = Trainer(command.config)
+    outcome = trainer.train()
+    if not trainer.accelerator.is_main_process:
+        return 0 if outcome.finished else INTERRUPTED
+    again = " ".join(["fastddpm train", *args])
+    if not outcome.finished:
+        print(f"stopped and saved at step {outcome.step}; go on with the same command: {again}", file=sys.stderr)
+        return INTERRUPTED
+    print(f"run        {outcome.run} ({outcome.step} steps done)")
+    print(f"next       fastddpm sample {outcome.run} --out {outcome.run}/samples/final")
+    return 0
+
+
+def sample(args: list[str]) -> int:
+    """`fastddpm sample`."""
+    valid = [f.name.replace("_", "-") for f in dataclasses.fields(SampleCommand) if f.name != "source"]
+    command = parse(SampleCommand, args, "fastddpm sample", None, valid)
+    from .sampling import run_sample
+
+    return run_sample(command)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+
+
+def run(args: list[str]) -> int:
+    """Run a command; errors are raised.
+
+    Raises:
+        FastDDPMError: any error shown to users.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if args[0] == "--version":
+        print(metadata.version("fastddpm"))
+        return 0
+    if args[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {args[0]!r}: valid are {', '.join(COMMANDS)}")
+    return COMMANDS[args[0]](args[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: the exit code of `fastddpm ARGV`."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "fastddpm" if rank == "0" else f"fastddpm (rank {rank})"
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except FastDDPMError as error:
+        print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prefix}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        _leave()
+
+
+def _leave() -> None:
+    """End the process group, so that launchers do not warn about one left open."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

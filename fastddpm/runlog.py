@@ -1,0 +1,95 @@
+"""What a run says while it runs: RUN/log.jsonl for programs, a progress bar or plain lines on stderr for people."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .files import replace_file
+
+
+class RunLog:
+    """RUN/log.jsonl: one JSON object per log interval, in step order, without repeats across restarts."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "log.jsonl"
+
+    def rewind(self, step: int) -> None:
+        """Drop lines beyond `step`, which a restart will write again, and a last line torn by a kill."""
+        if not self.path.exists():
+            return
+        raw = self.path.read_bytes()
+        kept = b"".join(line + b"\n" for line in raw.split(b"\n") if self._step(line) <= step)
+        if kept != raw:
+            replace_file(self.path, lambda temporary: temporary.write_bytes(kept))
+
+    @staticmethod
+    def _step(line: bytes) -> float:
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            return float("inf")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines, oldest first."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """A bar on a terminal, a line per log interval in a pipe, nothing on ranks other than 0."""
+
+    def __init__(self, *, first_step: int, last_step: int, batch_size: int, enabled: bool) -> None:
+        self.last_step, self.batch_size, self.enabled = last_step, batch_size, enabled
+        self.bar: tqdm | None = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=last_step * batch_size,
+                initial=first_step * batch_size,
+                unit="images",
+                unit_scale=True,
+                smoothing=0.05,
+                file=sys.stderr,
+                desc="training",
+                dynamic_ncols=True,
+            )
+
+    def step(self) -> None:
+        """One optimiser step is done."""
+        if self.bar is not None:
+            self.bar.update(self.batch_size)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Show a log record."""
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{record['loss']:.4f}", step=record["step"], refresh=False)
+        elif self.enabled:
+            left = (self.last_step - record["step"]) * self.batch_size / max(record["images_per_s"], 1e-9)
+            self.say(
+                f"step {record['step']}/{self.last_step}  loss {record['loss']:.4f}  "
+                f"{record['images_per_s']:.1f} images/s  {_clock(left)} left"
+            )
+
+    def say(self, message: str) -> None:
+        """A line to the user that does not tear the bar."""
+        if self.bar is not None:
+            self.bar.write(message, file=sys.stderr)
+        elif self.enabled:
+            print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()

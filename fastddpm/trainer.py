@@ -1,0 +1,437 @@
+"""The trainer: DDPM's loop (algorithm 1) on accelerate, exact from one position in the training sequence to the next.
+
+A run is a function of its config and seed. accelerate prepares the model and the optimiser only; order, timesteps,
+flips, noise and dropout are addressed by the position of a sample, learning rate and EMA decay by the step.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import Tensor
+
+from .checkpoint import Checkpoints, State, load_into, load_optimizer, optimizer_tensors
+from .config import Config, differences, flatten, from_dict, to_dict
+from .data import Batch, ImageData, open_data, resolve_source
+from .diffusion import TrainingProcess
+from .errors import CheckpointError, ConfigError, NumericsError
+from .files import writable_folder, write_json
+from .generate import draw_images
+from .interrupt import StopRequest
+from .optim import ema_decay, learning_rate, make_optimizer, update_ema
+from .pictures import grid, save_picture
+from .pipeline import write_pipeline
+from .runlog import Progress, RunLog
+from .samplers import Sampler
+from .unet import UNet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Below this fp16's loss scale has stopped protecting anything: gradients overflow at every scale.
+SMALLEST_SCALE = 2.0**-10
+
+
+def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
+    """An accelerator whose precision is the config's alone, checked against the device.
+
+    Raises:
+        ConfigError: for fp16 on a CPU, where accelerate would run fp32 without a word, and for several processes that
+            do not know of each other.
+    """
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, **kwargs)
+    if precision == "fp16" and accelerator.device.type in ("cpu", "mps"):
+        raise ConfigError(f"precision fp16 needs a GPU; on {accelerator.device.type} use bf16 or fp32")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and accelerator.num_processes == 1:
+        raise ConfigError(
+            f"{world} processes were launched but do not know of each other: on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of Trainer.train ended."""
+
+    run: Path
+    step: int
+    """Optimiser steps done, over all starts of the run."""
+    finished: bool
+    """False if a signal stopped the run before its last step."""
+
+
+class Trainer:
+    """Trains one run folder; `Trainer(config).train()` starts it or goes on where it was.
+
+    Args:
+        config: the whole run; see `fastddpm.preset`.
+
+    Raises:
+        ConfigError: a field, the device or the stored config of the run folder does not fit.
+        DataError: the data cannot be opened.
+        CheckpointError: there are checkpoints and none can be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        config.check()
+        self.accelerator = make_accelerator(
+            config.precision,
+            log_with=_trackers(config.trackers),
+            project_dir=_run_folder(config),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        acc = self.accelerator
+        config.micro_batch(acc.num_processes)
+        self.run = writable_folder(_run_folder(config), "run folder")
+        self.config = resolve(config, self.run)
+        acc.wait_for_everyone()  # everyone has compared with the stored config before it is replaced
+
+        with acc.main_process_first():
+            self.data: ImageData = open_data(self.config.data, self.config.size(), self.config.model.in_channels)
+        self.unet = UNet(self.config.model, seed=self.config.seed)
+        self.unet.to(device=acc.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema_unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.names = [name for name, _ in self.unet.named_parameters()]
+        self.weights = list(self.unet.parameters())
+        self.averages = list(self.ema_unet.parameters())
+        self.schedule = self.config.diffusion.noise_schedule()
+        self.process = TrainingProcess(
+            self.schedule, self.config.diffusion.prediction, seed=self.config.seed, flip=self.config.data.flip
+        )
+        self.model, self.optimizer = acc.prepare(self.unet, make_optimizer(self.config.optim, self.weights))
+        self.checkpoints = Checkpoints(self.run, self.config.keep)
+        self.log = RunLog(self.run)
+        self.step = 0
+        # The first step whose gradient was not finite, kept on the device so that no step waits for it; -1 is none.
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=acc.device)
+        self._resume()
+
+    # -- start and resume ---------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            path, refused = newest
+            for line in refused:
+                self.say(f"warning: not used: {line}")
+            self._restore(self.checkpoints.load(path), path)
+            self.say(f"going on at step {self.step} from {path}")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.checkpoints.sweep()
+            self.log.rewind(self.step)
+            write_json(self.run / "config.json", {"versions": versions(), "config": to_dict(self.config)})
+            if newest is not None:
+                self._export()  # a kill may have come between the checkpoint and the pipeline files
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, state: State, path: Path) -> None:
+        if state.samples_seen != state.step * self.config.batch_size:
+            raise CheckpointError(
+                f"{path} stands at image {state.samples_seen} after {state.step} steps, which is not a multiple of the "
+                f"batch size {self.config.batch_size}"
+            )
+        load_into(self.unet, state.model, str(path / "model.safetensors"))
+        load_into(self.ema_unet, state.ema, str(path / "ema.safetensors"))
+        load_optimizer(self.optimizer.optimizer, self.names, state.optimizer)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(dict(state.scaler))
+        self.step = state.step
+
+    def say(self, message: str) -> None:
+        """A line on stderr, from rank 0."""
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr, flush=True)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Outcome:
+        """Train up to config.steps, or until SIGINT or SIGTERM, after which everything is saved.
+
+        Raises:
+            NumericsError: a loss or gradient is not finite; nothing of it is saved.
+            DataError: an image cannot be read or does not fit.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        config, acc = self.config, self.accelerator
+        if self.step >= config.steps:
+            return Outcome(self.run, self.step, finished=True)
+        if config.trackers:
+            acc.init_trackers("fastddpm", config={k: str(v) for k, v in flatten(to_dict(config)).items()})
+        progress = Progress(
+            first_step=self.step, last_step=config.steps, batch_size=config.batch_size, enabled=acc.is_main_process
+        )
+        self.model.train()
+        stopped = False
+        try:
+            with StopRequest() as stop, contextlib.closing(self._batches()) as batches:
+                clock = _Clock()
+                while self.step < config.steps and not stopped:
+                    logged = (self.step + 1) % config.log_every == 0
+                    record = self._optimizer_step(batches, clock, logged)
+                    self.step += 1
+                    clock.images += config.batch_size
+                    progress.step()
+                    if record is not None:
+                        record = clock.close_window(record)
+                        self._write_record(record, progress)
+                    stopped = stop.agreed()
+                    last = self.step == config.steps or stopped
+                    if last or self.step % config.save_every == 0:
+                        with clock.paused():
+                            self.save()
+                    if config.sample_every and self.step % config.sample_every == 0:
+                        with clock.paused():
+                            self.draw_grid()
+        finally:
+            progress.close()
+            if config.trackers:
+                acc.end_training()
+        return Outcome(self.run, self.step, finished=not stopped)
+
+    def _batches(self) -> Iterator[Batch]:
+        acc, config = self.accelerator, self.config
+        return self.data.batches(
+            config.seed,
+            first_step=self.step,
+            last_step=config.steps,
+            batch_size=config.batch_size,
+            rank=acc.process_index,
+            world=acc.num_processes,
+            accumulation=config.accumulation,
+            workers=config.data.workers,
+            pin=acc.device.type == "cuda",
+        )
+
+    def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", logged: bool) -> dict[str, Any] | None:
+        """One optimiser step over accumulation micro-batches; the log record if this step is logged."""
+        config, acc = self.config, self.accelerator
+        lr = learning_rate(config.optim, self.step, config.optim.horizon or config.steps)
+        self.optimizer.param_groups[0]["lr"] = lr
+        share = 1.0 / (config.micro_batch(acc.num_processes) * config.accumulation)
+        grad_scale: float | Tensor = share
+        if acc.scaler is not None:
+            grad_scale = acc.scaler.scale(torch.full((), share, device=acc.device))
+        sums = []
+        for micro in range(config.accumulation):
+            with clock.waiting():
+                batch = next(batches)
+            last = micro == config.accumulation - 1
+            with contextlib.nullcontext() if last else acc.no_sync(self.model):
+                losses = self._forward_backward(batch, grad_scale)
+            if logged:
+                sums.append(losses.sum())
+        norm = acc.clip_grad_norm_(self.weights, config.optim.clip_norm or math.inf)
+        if acc.scaler is None:
+            known = torch.isfinite(norm) | (self.first_bad_step >= 0)
+            self.first_bad_step = torch.where(known, self.first_bad_step, self.step + 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not acc.optimizer_step_was_skipped:
+            update_ema(self.averages, self.weights, ema_decay(config.ema, self.step))
+        if not logged:
+            return None
+        # Only here does the host wait for the device.
+        loss = acc.reduce(torch.stack(sums).sum() * share, reduction="mean").item()
+        self._check_numerics(loss)
+        return {
+            "step": self.step + 1,
+            "samples_seen": (self.step + 1) * config.batch_size,
+            "loss": loss,
+            "grad_norm": norm.item(),
+            "lr": lr,
+        }
+
+    def _forward_backward(self, batch: Batch, grad_scale: float | Tensor) -> Tensor:
+        """Noise, predict, loss; gradients are accumulated in the weights. Returns losses fp32 [n]."""
+        device = self.accelerator.device
+        x_0 = batch.images.to(device, non_blocking=True)
+        ordinals = batch.ordinals.to(device, non_blocking=True)
+        noised = self.process.noise(x_0, ordinals, DTYPES[self.config.precision])
+        with self.unet.noise_address(self.config.seed, ordinals):
+            prediction = self.model(noised.x_t, noised.t, return_dict=False)[0]
+        losses, grad = self.process.loss_and_grad(prediction.detach(), noised, ordinals, x_0, grad_scale)
+        # The loss kernel has the gradient already: the backward pass starts at the prediction.
+        torch.autograd.backward(prediction, grad)
+        return losses
+
+    def _check_numerics(self, loss: float | None = None) -> None:
+        bad = int(self.first_bad_step.item())
+        if bad >= 0:
+            raise NumericsError(
+                f"the gradient of step {bad} is not finite; the run stops at step {self.step + 1} and its checkpoints "
+                "are from before: lower optim.lr, set optim.clip_norm, or look at the data"
+            )
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+            raise NumericsError(
+                f"fp16's loss scale has fallen to {scaler.get_scale():g}: every gradient overflows; use bf16 or fp32"
+            )
+        if scaler is None and loss is not None and not math.isfinite(loss):
+            raise NumericsError(f"the loss of step {self.step + 1} is {loss}: lower optim.lr or look at the data")
+
+    # -- what it leaves behind ----------------------------------------------------------------------------------------
+
+    def _write_record(self, record: dict[str, Any], progress: Progress) -> None:
+        record["memory_bytes"] = memory_bytes(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            self.log.write(record)
+        if self.config.trackers:
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        progress.report(record)
+
+    def save(self) -> None:
+        """Commit a checkpoint, then replace the pipeline files with the current averages. Called on all ranks."""
+        self._check_numerics()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = State(
+                step=self.step,
+                samples_seen=self.step * self.config.batch_size,
+                model=self.unet.state_dict(),
+                ema=self.ema_unet.state_dict(),
+                optimizer=optimizer_tensors(self.optimizer.optimizer, self.names),
+                scaler=scaler.state_dict() if scaler is not None else {},
+            )
+            self.checkpoints.save(state)
+            self._export()
+        self.accelerator.wait_for_everyone()
+
+    def _export(self) -> None:
+        write_pipeline(self.run, self.config.model, self.config.diffusion, self.ema_unet.state_dict())
+
+    def draw_grid(self) -> Path:
+        """Sample a grid with the averaged weights into RUN/samples. Called on all ranks."""
+        config, acc = self.config, self.accelerator
+        sampler = Sampler(
+            self.ema_unet,
+            self.schedule,
+            prediction=config.diffusion.prediction,
+            sampler=config.grid.sampler,
+            num_steps=config.grid.steps,
+            eta=config.grid.eta,
+            variance=config.diffusion.variance,
+            clip=config.diffusion.clip,
+            clip_range=config.diffusion.clip_range,
+            spacing=config.diffusion.spacing,
+            dtype=DTYPES[config.precision],
+            seed=config.seed,
+        )
+        with acc.autocast():
+            drawn = draw_images(
+                sampler,
+                config.grid.num,
+                shape=(config.model.in_channels, *config.size()),
+                batch_size=config.grid.batch_size,
+                device=acc.device,
+            )
+        path = self.run / "samples" / f"step-{self.step:08d}.png"
+        if acc.is_main_process:
+            save_picture(grid(drawn.images), path)
+        acc.wait_for_everyone()
+        return path
+
+
+class _Clock:
+    """Wall time of a log window, without pauses for saving and sampling, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.start, self.waited, self.pauses, self.images = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.pauses += time.perf_counter() - begin
+
+    def close_window(self, record: dict[str, Any]) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds = max(now - self.start - self.pauses, 1e-9)
+        record |= {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        self.start, self.waited, self.pauses, self.images = now, 0.0, 0.0, 0
+        return record
+
+
+def _run_folder(config: Config) -> Path:
+    return Path(config.run or f"runs/{config.preset}").expanduser()
+
+
+def _trackers(names: tuple[str, ...]) -> list[str] | None:
+    available = [str(t) for t in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            known = ", ".join(sorted(str(t) for t in LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"tracker {name!r} is not installed or not known: accelerate knows {known}")
+    return list(names) or None
+
+
+def read_config(run: Path) -> Config | None:
+    """The config stored in a run folder, or None if there is none yet.
+
+    Raises:
+        ConfigError: if RUN/config.json is not one of ours.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return from_dict(Config, json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not the config of a fastddpm run: {error!r}; choose another --run") from error
+
+
+def resolve(config: Config, run: Path) -> Config:
+    """Fill what depends on the machine or on the run folder: absolute source, and the horizon of the first start.
+
+    Raises:
+        ConfigError: if the folder holds a run of another config (lists every field that differs).
+    """
+    stored = read_config(run)
+    horizon = config.optim.horizon or (stored.optim.horizon if stored else None) or config.steps
+    config = dataclasses.replace(
+        config,
+        run=str(run),
+        data=dataclasses.replace(config.data, source=resolve_source(config.data.source)),
+        optim=dataclasses.replace(config.optim, horizon=horizon),
+    )
+    if stored is not None and (changed := differences(stored, config)):
+        raise ConfigError(f"{run} is a run of another config ({'; '.join(changed)}): use these values or another --run")
+    return config
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in ("fastddpm", "torch", "triton", "accelerate", "datasets", "numpy", "pillow", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a CUDA device, resident on the host otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where this fails with a clear ModuleNotFoundError
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,72 @@
+"""Which implementation runs, and the facts about tensors and launches that every op shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import HAS_TRITON, interpreting
+
+IMPLS = ("triton", "reference")
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is also ROCm's name
+
+
+def resolve_impl(impl: str | None, device: torch.device) -> str:
+    """The implementation to run: `impl` itself, or the device's own when it is None. Never falls back.
+
+    Raises ValueError for an unknown name and RuntimeError when "triton" was asked for and cannot run there.
+    """
+    if impl is None:
+        impl = "triton" if device.type in TRITON_DEVICES else "reference"
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not known: use one of {', '.join(IMPLS)}, or None to choose by the device")
+    if impl == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("impl='triton' needs the triton package: pip install triton, or use impl='reference'")
+        if device.type not in TRITON_DEVICES and not interpreting():
+            raise RuntimeError(
+                f"impl='triton' cannot run on a {device.type} tensor: move it to a GPU, use impl='reference', or set "
+                "TRITON_INTERPRET=1 before the first import to run the kernels in the interpreter"
+            )
+    return impl
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True when the channels of x [N, C, H, W] are its fastest axis (also for slices that leave gaps)."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The dense memory format that results made from x [N, C, H, W] are given."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any input is float64 (the references as truth), else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def check_images(name: str, x: Tensor) -> None:
+    """Raise ValueError unless x is [N, C, H, W]."""
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [N, C, H, W], got shape {tuple(x.shape)}")
+
+
+def check_per_sample(name: str, x: Tensor, num_samples: int, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Raise unless x is [num_samples] of the dtype (None: any) on the device."""
+    if x.shape != (num_samples,):
+        raise ValueError(f"{name} must have shape [{num_samples}], got {list(x.shape)}")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the samples are on {device}")
+
+
+def check_table(name: str, x: Tensor, device: torch.device) -> None:
+    """Raise unless x is a table [T] of float32 (or float64, for the references) on the device."""
+    if x.dim() != 1:
+        raise ValueError(f"{name} must be a table [T], got shape {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 (alpha_bar in 16 bits spoils the noise levels), got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the samples are on {device}")

@@ -1,0 +1,135 @@
+"""reverse_step: one step of any sampler that is a row of coefficients.
+
+    x_0_hat = clip(A x_t + B prediction, lo, hi);  x_{t-1} = C x_0_hat + E x_t + F z
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dispatch import check_images, check_per_sample, compute_dtype, memory_format, resolve_impl
+from .draws import images_of_normals
+from .philox import MASK, Stream, normals_reference, split_seed, stream_tag
+
+COLUMNS = ("A", "B", "C", "E", "H", "F", "lo", "hi")
+
+
+def reverse_step(
+    x_t: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    images: Tensor,
+    *,
+    seed: int,
+    history: Tensor | None = None,
+    return_x_0: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x_{t-1} (fp32, x_t's memory format) from x_t and the network's prediction; with return_x_0 also x_0_hat.
+
+    x_t fp32 [N, C, H, W]; prediction the same shape, any floating dtype and strides. coefficients fp32 [S, 8] on the
+    device, columns (A, B, C, E, H, F, lo, hi); row: int64 with one element on the device, the row to apply and the
+    solver step in the address of z (never read by the host, so a CUDA graph may advance it); images int64 [N], image
+    numbers below 2^32. z comes from Stream.Z at (image, row); where F is 0 it is multiplied by 0 and always finite.
+    history is reserved for multistep solvers and must be None. No gradients.
+    Raises ValueError or TypeError for arguments out of shape or dtype.
+    """
+    check_images("x_t", x_t)
+    if history is not None:
+        raise ValueError("history is reserved for multistep solvers: pass None")
+    if prediction.shape != x_t.shape or prediction.device != x_t.device:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} on {prediction.device} must match x_t {tuple(x_t.shape)} "
+            f"on {x_t.device}"
+        )
+    if not prediction.is_floating_point() or not x_t.is_floating_point():
+        raise TypeError(f"x_t and prediction must be floating point, got {x_t.dtype} and {prediction.dtype}")
+    if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS):
+        raise ValueError(f"coefficients must be [S, {len(COLUMNS)}], got {tuple(coefficients.shape)}")
+    if coefficients.dtype not in (torch.float32, torch.float64) or coefficients.device != x_t.device:
+        raise TypeError(
+            f"coefficients must be float32 on {x_t.device}, got {coefficients.dtype} on {coefficients.device}"
+        )
+    if row.numel() != 1 or row.dtype != torch.int64 or row.device != x_t.device:
+        raise TypeError(
+            f"row must be one int64 on {x_t.device}, got {row.dtype} of shape {tuple(row.shape)} on {row.device}"
+        )
+    check_per_sample("images", images, x_t.shape[0], torch.int64, x_t.device)
+    split_seed(seed)
+    impl = resolve_impl(impl, x_t.device)
+    out, x_0_hat = _reverse_step_op(x_t, prediction, coefficients, row.reshape(1), images, seed, return_x_0, impl)
+    return (out, x_0_hat) if return_x_0 else out
+
+
+def reverse_step_reference(
+    x_t: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    images: Tensor,
+    *,
+    seed: int,
+    return_x_0: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`reverse_step` in plain torch; returns (x_{t-1}, x_0_hat), the second empty unless asked for."""
+    work = compute_dtype(x_t, prediction, coefficients)
+    a, b, c, e, _, f, lo, hi = coefficients.index_select(0, row.reshape(1))[0].to(work).unbind(0)
+    channels_last = memory_format(x_t) == torch.channels_last
+    shape = (x_t.shape[1], x_t.shape[2], x_t.shape[3])
+    c1 = images & MASK
+    normals = normals_reference(
+        seed, c1, row.reshape(1).expand_as(c1) & MASK, stream_tag(Stream.Z), shape[0] * shape[1] * shape[2], work
+    )
+    z = images_of_normals(normals, shape, channels_last)
+    x = x_t.to(work)
+    # Products apart: torch's fused multiply-adds round differently at the end of a loop, so by batch position.
+    x_0_hat = (x * a).add_(prediction.to(work) * b).clamp_(lo, hi)
+    out = (x_0_hat * c).add_(x * e).add_(z.mul_(f)).contiguous(memory_format=memory_format(x_t))
+    return out, x_0_hat.contiguous(memory_format=memory_format(x_t)) if return_x_0 else out.new_empty(0)
+
+
+def reverse_step_triton(
+    x_t: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    images: Tensor,
+    *,
+    seed: int,
+    return_x_0: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`reverse_step` as one Triton launch; returns (x_{t-1}, x_0_hat), the second empty unless asked for."""
+    raise NotImplementedError
+
+
+@torch.library.custom_op("fastddpm_kernels::reverse_step", mutates_args=())
+def _reverse_step_op(
+    x_t: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    images: Tensor,
+    seed: int,
+    return_x_0: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    function = reverse_step_triton if impl == "triton" else reverse_step_reference
+    return function(x_t, prediction, coefficients, row, images, seed=seed, return_x_0=return_x_0)
+
+
+@_reverse_step_op.register_fake
+def _(
+    x_t: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    images: Tensor,
+    seed: int,
+    return_x_0: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    work = compute_dtype(x_t, prediction, coefficients)
+    out = torch.empty(x_t.shape, dtype=work, device=x_t.device, memory_format=memory_format(x_t))
+    return out, torch.empty_like(out) if return_x_0 else out.new_empty(0)
