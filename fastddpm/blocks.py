@@ -298,7 +298,8 @@ def initialise(net: nn.Module, seed: int, last: nn.Module) -> None:
             weight = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
             scale = 1e-10 if module in nearly_zero else 1.0
             module.weight.copy_(nn.init.xavier_uniform_(weight, gain=math.sqrt(scale), generator=generator))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, nn.GroupNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding):

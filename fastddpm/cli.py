@@ -46,7 +46,7 @@ class TrainCommand:
 class SampleCommand:
     """Draw images; writes DIR/grid.png, DIR/filmstrip.png and DIR/samples.npz (arr_0, uint8 [N, H, W, C])."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Run folder, local diffusers model or pipeline folder, or Hub id such as google/ddpm-cifar10-32."""
     num: int = 64
     """Images to draw: numbers 0 .. NUM - 1 of the seed."""
@@ -58,6 +58,8 @@ class SampleCommand:
     """DDIM's share of fresh noise, 0 to 1; 1 over all timesteps is the ancestral sampler. Ignored by ddpm."""
     variance: Literal["fixed_small", "fixed_large"] | None = None
     """Reverse variance of ddpm; unset: the model's own. With fewer steps fixed_small is better."""
+    spacing: Literal["trailing", "leading", "linspace"] | None = None
+    """Which timesteps are kept when there are fewer than all; unset: the model's own (trailing for our runs)."""
     seed: int = 0
     """Image n of a seed is the same whatever the batch size and the number of processes."""
     batch_size: int = 64
@@ -69,13 +71,14 @@ class SampleCommand:
 
 
 def _message(raw: str) -> str:
-    """tyro's boxed error as one line: the body above the rule, without the frame."""
+    """tyro's error as one line: what stands between its title and its next rule, without the frame."""
     lines = [line.strip("│╭╮╰╯ ") for line in raw.splitlines()]
-    body = []
-    for line in lines[1:] if raw.startswith("╭") else lines:
-        if line and set(line) <= {"─"}:
-            break
-        body.append(line)
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}]
+    if raw.startswith("╭"):
+        start = 1
+    else:  # a terminal without box characters: the title has a rule of its own
+        start, rules = (rules[0] + 1, rules[1:]) if rules else (0, [])
+    body = lines[start : rules[0] if rules else None]
     return re.sub(r"\s+", " ", " ".join(part for part in body if part)) or "the options cannot be read"
 
 
@@ -171,6 +174,7 @@ def run(args: list[str]) -> int:
     Raises:
         FastDDPMError: any error shown to users.
     """
+    args = args[1:] if args[:1] == ["--"] else args  # some versions of torchrun hand on the -- they are given
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return 0

@@ -138,7 +138,7 @@ class Config:
             raise ConfigError(
                 f"grid.num is {self.grid.num} and grid.batch_size {self.grid.batch_size}: both at least 1"
             )
-        if self.grid.steps is not None and not 1 <= self.grid.steps <= self.diffusion.num_timesteps:
+        if self.sample_every and self.grid.steps is not None and not 1 <= self.grid.steps <= self.diffusion.num_timesteps:
             raise ConfigError(
                 f"grid.steps is {self.grid.steps}: it must be in 1 .. {self.diffusion.num_timesteps} "
                 "(diffusion.num_timesteps)"
@@ -146,7 +146,6 @@ class Config:
         if not 0 <= self.grid.eta <= 1:
             raise ConfigError(f"grid.eta is {self.grid.eta}: it must be in 0 .. 1")
         self.diffusion.check()
-        self.model.check()
         self.check_numbers()
         if self.model.in_channels != self.model.out_channels:
             raise ConfigError(
@@ -184,11 +183,6 @@ class Config:
         for name, value, ok, valid in checks:
             if not ok:
                 raise ConfigError(f"{name} is {value}: it must be {valid}")
-
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images the model is for."""
-        size = self.model.sample_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     def micro_batch(self, world: int) -> int:
         """Images per forward pass on each of `world` processes.

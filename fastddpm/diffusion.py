@@ -101,8 +101,8 @@ class TrainingProcess:
         Returns:
             x_t in x_0's memory format, t and flip. No gradient flows.
         """
-        t, flip = draw_timesteps(ordinals, self.schedule.num_timesteps, seed=self.seed, impl=self.impl)
-        flip = flip if self.flip else None
+        t, coin = draw_timesteps(ordinals, self.schedule.num_timesteps, seed=self.seed, impl=self.impl)
+        flip = coin if self.flip else None
         x_t = add_noise(x_0, t, ordinals, *self._tables(x_0), seed=self.seed, flip=flip, dtype=dtype, impl=self.impl)
         return Noised(x_t, t, flip)
 
@@ -130,7 +130,7 @@ class TrainingProcess:
             for torch.autograd.backward(prediction, gradient).
         """
         return diffusion_loss_and_grad(
-            prediction.detach(),
+            prediction,
             noised.t,
             ordinals,
             *self._tables(prediction),
@@ -143,7 +143,6 @@ class TrainingProcess:
         return table("sqrt_alpha_bar", like.device), table("sqrt_one_minus_alpha_bar", like.device)
 
     def _target(self, noised: Noised, x_0: Tensor | None) -> dict[str, Any]:
-        x_0 = None if self.prediction == "eps" else x_0  # the eps loss reads no image
         return {"seed": self.seed, "target": self.prediction, "x_0": x_0, "flip": noised.flip, "impl": self.impl}
 
 
@@ -237,11 +236,11 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def to_diffusers_scheduler(process: ProcessConfig) -> dict[str, Any]:
-    """scheduler_config.json of a DDPMScheduler that takes the same ancestral steps (but its version, the caller's).
+    """scheduler_config.json, without the version of diffusers, of a DDPMScheduler that takes our ancestral steps.
 
     Betas which DDPMScheduler does not compute itself are written as trained_betas. With all T steps its images are
-    ours. With fewer, trailing ones and fixed_large it also adds noise after its last step, which is not t = 0; we never
-    do.
+    ours; with fewer, trailing ones it takes its last step at some t > 0 and with fixed_large adds noise to the result,
+    which our samplers never do.
 
     Raises:
         ConfigError: if the process is not valid.
@@ -319,7 +318,10 @@ def _betas_of(facts: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
         return beta, {"betas": tuple(beta.tolist())}
     num_timesteps = check_timesteps(facts.get("num_train_timesteps", 1000))
     theirs = facts.get("beta_schedule", "linear")
-    start, end = facts.get("beta_start", 1e-4), facts.get("beta_end", 0.02)
+    try:
+        start, end = float(facts.get("beta_start", 1e-4)), float(facts.get("beta_end", 0.02))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"beta_start or beta_end of the scheduler's config is not a number: {error}") from error
     beta = _diffusers_betas(theirs, num_timesteps, start, end)
     scale = num_timesteps / 1000
     named = {"schedule": _OUR_SCHEDULES.get(theirs), "beta_start": start * scale, "beta_end": end * scale}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .config import Config, to_dict
-from .unet import UNet, flops_per_image
+from .flops import flops_per_image
+from .unet import UNet
 
 GIB = 2.0**30
 
@@ -24,7 +25,7 @@ def saved_bytes(config: Config) -> int:
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    x = torch.empty(1, config.model.in_channels, *config.size(), device="meta")
+    x = torch.empty(1, config.model.in_channels, *config.model.image_size, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = unet(x, torch.zeros(1, dtype=torch.int64, device="meta")).sample
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

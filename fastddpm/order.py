@@ -15,11 +15,13 @@ from math import isqrt
 
 import numpy as np
 
-from fastddpm.errors import ConfigError
+from .errors import ConfigError
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
 _MASK = 0xFFFFFFFFFFFFFFFF
-_NUM_ROUNDS = 10  # 4 are enough for large n; all 120 orders of 5 rows are equally frequent (chi-square) from 8 on
+# Rows per position and pairs of neighbours look uniform (chi-square over 20,000 epochs) from 8 rounds on for n >= 7;
+# 12 make all orders of n <= 5 equally frequent too. A micro-batch of 128 costs 0.2 ms, in a loader worker.
+_NUM_ROUNDS = 12
 
 
 class Purpose(IntEnum):
@@ -32,7 +34,7 @@ class Purpose(IntEnum):
 
 
 def _mix(x: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014; constants of Stafford's mix 13) of one integer."""
+    """splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014; constants of Stafford's mix 13) of one integer."""
     x &= _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -50,7 +52,7 @@ def derive_key(seed: int, epoch: int, purpose: Purpose) -> int:
 
 
 def random_words(key: int, index: np.ndarray) -> np.ndarray:
-    """Words number `index` (uint64, any shape) of the splitmix64 generator that starts at `key`: uint64, random access."""
+    """Words number `index` (uint64, any shape) of the splitmix64 generator that starts at `key`: uint64."""
     x = index * np.uint64(_GOLDEN) + np.uint64((key + _GOLDEN) & _MASK)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -74,6 +76,8 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     round_keys = [_mix(key + (i + 1) * _GOLDEN) for i in range(_NUM_ROUNDS)]
 
     def walk(x: np.ndarray) -> np.ndarray:
+        left: np.ndarray
+        right: np.ndarray
         left, right = x // b, x % b
         for i, round_key in enumerate(round_keys):
             if i % 2 == 0:

@@ -81,8 +81,7 @@ def load_pipeline(source: str, device: torch.device | str = "cpu") -> Pipeline:
         (p for p in (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json") if p.is_file()), None
     )
     process, schedule = from_diffusers_scheduler(_read_config(scheduler, source) if scheduler else {})
-    unet = unet.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Pipeline(unet, process, schedule)
+    return Pipeline(unet.eval().requires_grad_(False).to(device), process, schedule)
 
 
 def _locate(source: str) -> Path:

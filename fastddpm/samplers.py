@@ -270,17 +270,9 @@ class Sampler:
         for i, t in enumerate(self.timesteps.tolist()):
             output = self.unet(x.to(self.dtype), timesteps[i].expand(len(images)), **options)
             prediction = _prediction(output, x)
-            step = reverse_step(
-                x,
-                prediction,
-                coefficients,
-                rows[i],
-                images,
-                seed=self.seed,
-                impl=self.impl,
-                return_x_0=return_x_0,
-            )
-            x_s, x_0_hat = step if return_x_0 else (step, None)
+            arguments = (x, prediction, coefficients, rows[i], images)
+            step = reverse_step(*arguments, seed=self.seed, return_x_0=return_x_0, impl=self.impl)
+            x_s, x_0_hat = step if isinstance(step, tuple) else (step, None)
             yield i, t, x, x_s, x_0_hat
             x = x_s
 
@@ -295,9 +287,7 @@ class Sampler:
             raise ConfigError("image numbers must be in 0 .. 2^32 - 1")
         images = images.to(device)
         if x_T is None:
-            x_T = draw_normal(
-                images, tuple(shape), seed=self.seed, stream=Stream.X_T, channels_last=True, impl=self.impl
-            )
+            x_T = draw_normal(images, shape, seed=self.seed, stream=Stream.X_T, channels_last=True, impl=self.impl)
         elif x_T.shape != (len(images), *shape):
             raise ConfigError(f"x_T has the shape {list(x_T.shape)}: valid is {[len(images), *shape]}")
         return images, x_T.to(device, torch.float32)

@@ -47,17 +47,16 @@ def run_sample(command: "SampleCommand") -> int:
         variance=command.variance or process.variance,
         clip=process.clip,
         clip_range=process.clip_range,
-        spacing=process.spacing,
+        spacing=command.spacing or process.spacing,
         dtype=DTYPES[command.precision],
         seed=command.seed,
     )
-    size = (model.sample_size, model.sample_size) if isinstance(model.sample_size, int) else model.sample_size
     start = time.perf_counter()
     with acc.autocast():
         drawn = draw_images(
             sampler,
             command.num,
-            shape=(model.in_channels, size[0], size[1]),
+            shape=(model.in_channels, *model.image_size),
             batch_size=command.batch_size,
             device=acc.device,
             num_film=FILM_IMAGES,

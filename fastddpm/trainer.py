@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
@@ -51,7 +52,10 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
         ConfigError: for fp16 on a CPU, where accelerate would run fp32 without a word, and for several processes that
             do not know of each other.
     """
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, **kwargs)
+    mixed = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # or accelerate refuses a second precision in one process
+    accelerator = Accelerator(mixed_precision=mixed, **kwargs)
     if precision == "fp16" and accelerator.device.type in ("cpu", "mps"):
         raise ConfigError(f"precision fp16 needs a GPU; on {accelerator.device.type} use bf16 or fp32")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,7 +95,7 @@ class Trainer:
             config.precision,
             log_with=_trackers(config.trackers),
             project_dir=_run_folder(config),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         acc = self.accelerator
         config.micro_batch(acc.num_processes)
@@ -100,9 +104,9 @@ class Trainer:
         acc.wait_for_everyone()  # everyone has compared with the stored config before it is replaced
 
         with acc.main_process_first():
-            self.data: ImageData = open_data(self.config.data, self.config.size(), self.config.model.in_channels)
+            self.data: ImageData = open_data(self.config.data, self.config.model.image_size, self.config.model.in_channels)
         self.unet = UNet(self.config.model, seed=self.config.seed)
-        self.unet.to(device=acc.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet.to(acc.device)
         self.ema_unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.names = [name for name, _ in self.unet.named_parameters()]
         self.weights = list(self.unet.parameters())
@@ -115,6 +119,9 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run, self.config.keep)
         self.log = RunLog(self.run)
         self.step = 0
+        # Weight of one image in this process's mean; on the device, where the loss kernel reads it.
+        images = self.config.batch_size / acc.num_processes
+        self.share = torch.full((), 1.0 / images, device=acc.device)
         # The first step whose gradient was not finite, kept on the device so that no step waits for it; -1 is none.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=acc.device)
         self._resume()
@@ -221,10 +228,7 @@ class Trainer:
         config, acc = self.config, self.accelerator
         lr = learning_rate(config.optim, self.step, config.optim.horizon or config.steps)
         self.optimizer.param_groups[0]["lr"] = lr
-        share = 1.0 / (config.micro_batch(acc.num_processes) * config.accumulation)
-        grad_scale: float | Tensor = share
-        if acc.scaler is not None:
-            grad_scale = acc.scaler.scale(torch.full((), share, device=acc.device))
+        grad_scale = self.share if acc.scaler is None else acc.scaler.scale(self.share)
         sums = []
         for micro in range(config.accumulation):
             with clock.waiting():
@@ -245,7 +249,7 @@ class Trainer:
         if not logged:
             return None
         # Only here does the host wait for the device.
-        loss = acc.reduce(torch.stack(sums).sum() * share, reduction="mean").item()
+        loss = acc.reduce(torch.stack(sums).sum() * self.share, reduction="mean").item()
         self._check_numerics(loss)
         return {
             "step": self.step + 1,
@@ -255,7 +259,7 @@ class Trainer:
             "lr": lr,
         }
 
-    def _forward_backward(self, batch: Batch, grad_scale: float | Tensor) -> Tensor:
+    def _forward_backward(self, batch: Batch, grad_scale: Tensor) -> Tensor:
         """Noise, predict, loss; gradients are accumulated in the weights. Returns losses fp32 [n]."""
         device = self.accelerator.device
         x_0 = batch.images.to(device, non_blocking=True)
@@ -334,7 +338,7 @@ class Trainer:
             drawn = draw_images(
                 sampler,
                 config.grid.num,
-                shape=(config.model.in_channels, *config.size()),
+                shape=(config.model.in_channels, *config.model.image_size),
                 batch_size=config.grid.batch_size,
                 device=acc.device,
             )

@@ -429,18 +429,16 @@ class UNet(nn.Module):
         embedding = nn.functional.silu(self._embed(sample, timestep, class_labels))
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        # The input is converted here, once; a single channel has no order of its own to hand on, so conv_in's output is
-        # asked again, which costs nothing wherever the first conversion said it all.
+        # Converted here, once: from then on the weights' memory order keeps channels_last.
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
-        h = h.contiguous(memory_format=torch.channels_last)
         skips: tuple[Tensor, ...] = (h,)
         for block in self.down_blocks:
             h, states = block(h, embedding)
             skips += states
         if self.mid_block is not None:
             h = self.mid_block(h, embedding)
+        count = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            count = len(block.resnets)
             h = block(h, skips[-count:], embedding)
             skips = skips[:-count]
         output = self.conv_out(nn.functional.silu(self.conv_norm_out(h)))

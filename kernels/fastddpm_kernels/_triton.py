@@ -1,4 +1,4 @@
-"""Triton where it is installed, else stand-ins that let the kernels' modules import (the references need torch only)."""
+"""Triton where it is installed, else stand-ins that let the modules import (the references need torch only)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:
         return _jit if function is None else function
 
     triton = SimpleNamespace(jit=_jit)
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
 
 def interpreting() -> bool:

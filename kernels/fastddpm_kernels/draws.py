@@ -6,7 +6,78 @@ import torch
 from torch import Tensor
 
 from ._dispatch import check_per_sample, resolve_impl
-from .philox import MASK, Stream, normals_reference, philox_words, split_ordinals, split_seed, stream_tag
+from ._triton import interpreting, tl, triton
+from .launch import LAUNCH, seed_words, signed_word, tiles_of
+from .philox import MASK, Stream, normals_reference, philox_grid, split_ordinals, split_seed, stream_tag
+
+from .tiles import TWO_LN_2, normals, philox, split_ordinal, store_group
+
+TIMESTEP_TAG = tl.constexpr(stream_tag(Stream.TIMESTEP))
+FLIP_TAG = tl.constexpr(stream_tag(Stream.FLIP))
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_timesteps", "seed_low", "seed_high"])
+def _draw_timesteps_kernel(
+    ordinals_ptr,  # [N] int64
+    t_ptr,  # [N] int64
+    flip_ptr,  # [N] uint8
+    num_samples,
+    num_timesteps,
+    seed_low,
+    seed_high,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_samples
+    c1, c2 = split_ordinal(tl.load(ordinals_ptr + offs, mask=mask, other=0))
+    key_0 = seed_low.to(tl.uint32, bitcast=True)
+    key_1 = seed_high.to(tl.uint32, bitcast=True)
+    zero = tl.zeros((BLOCK,), tl.uint32)
+    word_t = philox(zero, c1, c2, zero + TIMESTEP_TAG, key_0, key_1)[0]
+    word_flip = philox(zero, c1, c2, zero + FLIP_TAG, key_0, key_1)[0]
+    t = (word_t.to(tl.uint64) * num_timesteps.to(tl.uint32, bitcast=True).to(tl.uint64)) >> 32
+    tl.store(t_ptr + offs, t.to(tl.int64), mask=mask)
+    tl.store(flip_ptr + offs, (word_flip >> 31).to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["step", "tag", "seed_low", "seed_high"])
+def _draw_normal_kernel(
+    ordinals_ptr,  # [N] int64
+    out_ptr,  # [N, D], memory order LAYOUT
+    step,
+    tag,
+    seed_low,
+    seed_high,
+    C: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    FAST: tl.constexpr,
+    HAS_STEP: tl.constexpr,
+):
+    SIZE: tl.constexpr = 4 if PIXELS == 1 else PIXELS * C
+    tile = tl.program_id(0) % TILES
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    c1, c2 = split_ordinal(tl.load(ordinals_ptr + n))
+    if HAS_STEP:
+        c2 = step.to(tl.uint32, bitcast=True)
+    c3 = tag.to(tl.uint32, bitcast=True)
+    key_0 = seed_low.to(tl.uint32, bitcast=True)
+    key_1 = seed_high.to(tl.uint32, bitcast=True)
+    out_ptr += n * (C * PLANE)
+    for block in range(BLOCKS):
+        for i in tl.static_range(UNROLL):
+            groups = ((tile * BLOCKS + block) * UNROLL + i) * GROUPS + tl.arange(0, GROUPS)
+            values = normals(groups, c1, c2, c3, key_0, key_1, TWO_LN_2, SIZE // 4, FAST)
+            store_group(
+                out_ptr, groups, groups * SIZE < C * PLANE, values, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN
+            )
 
 
 def draw_timesteps(
@@ -28,15 +99,34 @@ def draw_timesteps(
 
 def draw_timesteps_reference(ordinals: Tensor, num_timesteps: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """`draw_timesteps` in plain torch."""
+    if ordinals.device.type == "mps":
+        t, flip = draw_timesteps_reference(ordinals.cpu(), num_timesteps, seed=seed)
+        return t.to(ordinals.device), flip.to(ordinals.device)
     c1, c2 = split_ordinals(ordinals)
-    word_t = philox_words(seed, 0, c1, c2, stream_tag(Stream.TIMESTEP))[0]
-    word_flip = philox_words(seed, 0, c1, c2, stream_tag(Stream.FLIP))[0]
+    tags = torch.tensor((stream_tag(Stream.TIMESTEP), stream_tag(Stream.FLIP)), device=ordinals.device)
+    even, _ = philox_grid(split_seed(seed), torch.zeros_like(tags), c1, c2, tags)
+    word_t, word_flip = even[0, : 2 * c1.shape[0]].view(-1, 2).unbind(1)
     return (word_t * num_timesteps) >> 32, word_flip >= 2**31
 
 
 def draw_timesteps_triton(ordinals: Tensor, num_timesteps: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """`draw_timesteps` as one Triton launch."""
-    raise NotImplementedError
+    num_samples = ordinals.shape[0]
+    t = torch.empty(num_samples, dtype=torch.int64, device=ordinals.device)
+    flip = torch.empty(num_samples, dtype=torch.bool, device=ordinals.device)
+    if num_samples:
+        block = 1 << (num_samples - 1).bit_length() if interpreting() else 128
+        _draw_timesteps_kernel[(-(-num_samples // block),)](
+            ordinals.contiguous(),
+            t,
+            flip.view(torch.uint8),
+            num_samples,
+            signed_word(num_timesteps),
+            *seed_words(seed),
+            BLOCK=block,
+            **LAUNCH,
+        )
+    return t, flip
 
 
 def draw_normal(
@@ -96,7 +186,26 @@ def draw_normal_triton(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`draw_normal` as one Triton launch."""
-    raise NotImplementedError
+    out = torch.empty(
+        (ordinals.shape[0], *shape),
+        dtype=dtype,
+        device=ordinals.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    if out.numel() == 0:
+        return out
+    cut = tiles_of(out, out.element_size())
+    _draw_normal_kernel[(out.shape[0] * cut.TILES,)](
+        ordinals.contiguous(),
+        out,
+        signed_word(step or 0),
+        signed_word(int(stream)),
+        *seed_words(seed),
+        **cut.constants(),
+        HAS_STEP=step is not None,
+        **LAUNCH,
+    )
+    return out
 
 
 def images_of_normals(normals: Tensor, shape: tuple[int, int, int], channels_last: bool) -> Tensor:

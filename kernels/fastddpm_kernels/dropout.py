@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import check_images, check_per_sample, is_channels_last
-from .philox import CHUNK_QUADS, Stream, _philox_grid, split_ordinals, split_seed, stream_tag
+from .philox import CHUNK_QUADS, Stream, philox_grid, split_ordinals, split_seed, stream_tag
 
 HALVES = 65536
 
@@ -61,7 +61,7 @@ def dropout_mask_reference(
         counters = torch.arange(counter, min(counter + counters_step, num_counters), device=ordinals.device)
         for sample in range(0, num_samples, samples_step):
             samples = slice(sample, sample + samples_step)
-            even, odd = _philox_grid(
+            even, odd = philox_grid(
                 split_seed(seed), counters, c1[samples], c2[samples], stream_tag(Stream.DROPOUT, layer)
             )
             block = keep[samples, counter : counter + counters_step]

@@ -47,7 +47,9 @@ class Stream(enum.IntEnum):
 def stream_tag(kind: int, layer: int = 0) -> int:
     """Counter word c3: STREAM_VERSION << 24 | layer << 8 | kind. `layer` numbers dropout layers, 0 to 65535."""
     if not 0 <= int(kind) < 256 or not 0 <= layer < 65536:
-        raise ValueError(f"stream kind must be in [0, 256) and layer in [0, 65536), got kind {int(kind)}, layer {layer}")
+        raise ValueError(
+            f"stream kind must be in [0, 256) and layer in [0, 65536), got kind {int(kind)}, layer {layer}"
+        )
     return STREAM_VERSION << 24 | layer << 8 | int(kind)
 
 
@@ -81,10 +83,10 @@ def philox_words(
     return w0, w1, w2, w3
 
 
-def _philox_grid(key: tuple[int, int], quads: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, Tensor]:
+def philox_grid(key: tuple[int, int], quads: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int) -> tuple[Tensor, Tensor]:
     """Words of every (sample, quad), the work-horse of the references: in place and few torch calls.
 
-    quads [q], c1 and c2 [n], all int64. Returns (even, odd), int64 [2, m] with m = n q rounded up to PAD, samples
+    quads [q], c1 and c2 [n], all int64; c3 an int or int64 [q]. Returns (even, odd), int64 [2, m] with m = n q rounded up to PAD, samples
     outermost: even = words 0 and 2, odd = words 3 and 1 (the order in which the rounds leave them).
     """
     n, q = c1.shape[0], quads.shape[0]
@@ -107,16 +109,19 @@ def _philox_grid(key: tuple[int, int], quads: Tensor, c1: Tensor, c2: Tensor, c3
     odd_3.copy_((p0 & MASK)[:, None])
     odd_1.copy_((p1 & MASK)[None, :])
 
-    multipliers = torch.tensor(MULTIPLIERS, device=device)[:, None]
-    round_keys = torch.tensor(keys, device=device)[:, :, None]
+    # Small draws are bound by the cost of a torch call: scalars are made tensors and rows are sliced once.
+    multipliers, mask, shift = torch.tensor((*MULTIPLIERS, MASK, 32), device=device).split((2, 1, 1))
+    multipliers = multipliers[:, None]
+    round_keys = torch.tensor(keys, device=device)[:, :, None].unbind(0)
     product, high = torch.empty_like(even), torch.empty_like(even)
+    (even_0, even_2), (odd_3, odd_1), (high_0, high_1) = even.unbind(0), odd.unbind(0), high.unbind(0)
     for r in range(2, NUM_ROUNDS):
         torch.mul(even, multipliers, out=product)
-        torch.bitwise_right_shift(product, 32, out=high)
-        torch.bitwise_xor(high[1], odd[1], out=even[0])
-        torch.bitwise_xor(high[0], odd[0], out=even[1])
-        even.bitwise_xor_(round_keys[r]).bitwise_and_(MASK)
-        torch.bitwise_and(product, MASK, out=odd)
+        torch.bitwise_right_shift(product, shift, out=high)
+        torch.bitwise_xor(high_1, odd_1, out=even_0)
+        torch.bitwise_xor(high_0, odd_3, out=even_2)
+        even.bitwise_xor_(round_keys[r]).bitwise_and_(mask)
+        torch.bitwise_and(product, mask, out=odd)
     return even, odd
 
 
@@ -144,7 +149,7 @@ def normals_reference(
         quads = torch.arange(quad, min(quad + quads_step, num_quads), device=c1.device)
         for sample in range(0, num_samples, samples_step):
             samples = slice(sample, sample + samples_step)
-            even, odd = _philox_grid(key, quads, c1[samples], c2[samples], c3)
+            even, odd = philox_grid(key, quads, c1[samples], c2[samples], c3)
             block = out[samples, quad : quad + quads_step]
             size, shape = block.shape[0] * block.shape[1], block.shape[:2]
             radius = even.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()

@@ -1,6 +1,6 @@
 """reverse_step: one step of any sampler that is a row of coefficients.
 
-    x_0_hat = clip(A x_t + B prediction, lo, hi);  x_{t-1} = C x_0_hat + E x_t + F z
+x_0_hat = clip(A x_t + B prediction, lo, hi);  x_{t-1} = C x_0_hat + E x_t + F z
 """
 
 from __future__ import annotations
@@ -9,10 +9,91 @@ import torch
 from torch import Tensor
 
 from ._dispatch import check_images, check_per_sample, compute_dtype, memory_format, resolve_impl
+from ._triton import tl, triton
 from .draws import images_of_normals
+from .launch import LAUNCH, seed_words, tiles_of
 from .philox import MASK, Stream, normals_reference, split_seed, stream_tag
+from .tiles import TWO_LN_2, load_group, normals, store_group
 
 COLUMNS = ("A", "B", "C", "E", "H", "F", "lo", "hi")
+Z_TAG = tl.constexpr(stream_tag(Stream.Z))
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def _reverse_step_kernel(
+    x_t_ptr,  # [N, D], memory order LAYOUT
+    prediction_ptr,  # [N, D], the same order
+    out_ptr,  # [N, D], the same order
+    x_0_ptr,  # [N, D], the same order; written if WITH_X_0
+    coefficients_ptr,  # [S, 8]
+    row_ptr,  # [1] int64
+    images_ptr,  # [N] int64
+    seed_low,
+    seed_high,
+    C: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    FAST: tl.constexpr,
+    WITH_X_0: tl.constexpr,
+):
+    SIZE: tl.constexpr = 4 if PIXELS == 1 else PIXELS * C
+    tile = tl.program_id(0) % TILES
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    row = tl.load(row_ptr)
+    image = tl.load(images_ptr + n)
+    coefficients_ptr += row * 8
+    a = tl.load(coefficients_ptr)
+    b = tl.load(coefficients_ptr + 1)
+    c = tl.load(coefficients_ptr + 2)
+    e = tl.load(coefficients_ptr + 3)
+    f = tl.load(coefficients_ptr + 5)
+    low = tl.load(coefficients_ptr + 6)
+    high = tl.load(coefficients_ptr + 7)
+    key_0 = seed_low.to(tl.uint32, bitcast=True)
+    key_1 = seed_high.to(tl.uint32, bitcast=True)
+    x_t_ptr += n * (C * PLANE)
+    prediction_ptr += n * (C * PLANE)
+    out_ptr += n * (C * PLANE)
+    x_0_ptr += n * (C * PLANE)
+    for block in range(BLOCKS):
+        first = (tile * BLOCKS + block) * UNROLL * GROUPS
+        # Loads first: the compiler may not move them above the stores of an earlier group.
+        x = ()
+        prediction = ()
+        for i in tl.static_range(UNROLL):
+            groups = first + i * GROUPS + tl.arange(0, GROUPS)
+            mask = groups * SIZE < C * PLANE
+            x = x + load_group(
+                x_t_ptr, groups, mask, 0, C, PLANE, WIDTH, PIXELS, LAYOUT, False, False, GROUPS, EVEN
+            )
+            prediction = prediction + load_group(
+                prediction_ptr, groups, mask, 0, C, PLANE, WIDTH, PIXELS, LAYOUT, False, False, GROUPS, EVEN
+            )
+        for i in tl.static_range(UNROLL):
+            groups = first + i * GROUPS + tl.arange(0, GROUPS)
+            mask = groups * SIZE < C * PLANE
+            noise = normals(
+                groups, image.to(tl.uint32), row.to(tl.uint32), Z_TAG, key_0, key_1, TWO_LN_2 * f * f, SIZE // 4, FAST
+            )
+            x_0 = ()
+            out = ()
+            for k in tl.static_range(SIZE):
+                # A NaN of the network must come out as one: the clip lets it through.
+                x_0_k = tl.clamp(
+                    x[i * SIZE + k] * a + prediction[i * SIZE + k] * b, low, high, propagate_nan=tl.PropagateNan.ALL
+                )
+                x_0 = x_0 + (x_0_k,)
+                out = out + ((x_0_k * c + x[i * SIZE + k] * e) + noise[k],)
+            store_group(out_ptr, groups, mask, out, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
+            if WITH_X_0:
+                store_group(x_0_ptr, groups, mask, x_0, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
 
 
 def reverse_step(
@@ -32,7 +113,7 @@ def reverse_step(
     x_t fp32 [N, C, H, W]; prediction the same shape, any floating dtype and strides. coefficients fp32 [S, 8] on the
     device, columns (A, B, C, E, H, F, lo, hi); row: int64 with one element on the device, the row to apply and the
     solver step in the address of z (never read by the host, so a CUDA graph may advance it); images int64 [N], image
-    numbers below 2^32. z comes from Stream.Z at (image, row); where F is 0 it is multiplied by 0 and always finite.
+    numbers below 2^32. z comes from Stream.Z at (image, row); where F is 0 it is multiplied by 0 and always finite; F must not be negative.
     history is reserved for multistep solvers and must be None. No gradients.
     Raises ValueError or TypeError for arguments out of shape or dtype.
     """
@@ -101,7 +182,28 @@ def reverse_step_triton(
     return_x_0: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`reverse_step` as one Triton launch; returns (x_{t-1}, x_0_hat), the second empty unless asked for."""
-    raise NotImplementedError
+    format_ = memory_format(x_t)
+    x_t = x_t.contiguous(memory_format=format_)
+    prediction = prediction.contiguous(memory_format=format_)
+    out = torch.empty(x_t.shape, dtype=torch.float32, device=x_t.device, memory_format=format_)
+    x_0_hat = torch.empty_like(out) if return_x_0 else out.new_empty(0)
+    if out.numel() == 0:
+        return out, x_0_hat
+    cut = tiles_of(x_t, max(x.element_size() for x in (x_t, prediction, out)))
+    _reverse_step_kernel[(x_t.shape[0] * cut.TILES,)](
+        x_t,
+        prediction,
+        out,
+        x_0_hat,
+        coefficients.contiguous(),
+        row,
+        images.contiguous(),
+        *seed_words(seed),
+        **cut.constants(),
+        WITH_X_0=return_x_0,
+        **LAUNCH,
+    )
+    return out, x_0_hat
 
 
 @torch.library.custom_op("fastddpm_kernels::reverse_step", mutates_args=())

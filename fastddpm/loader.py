@@ -1,0 +1,328 @@
+"""From undecoded rows to a process's micro-batches: random access or a shuffled stream, through torch's DataLoader.
+
+Loader workers hold no random state and ignore signals; what they cannot read reaches the caller as its own DataError.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets.utils.file_utils import xopen
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
+
+from .data import Batch
+from .errors import DataError
+from .images import Fit, ImageProblem, decode_image
+from .order import BatchPlan, Purpose, derive_key, permute, random_words, rows_at
+from .sources import library_errors, one_line
+
+_ROW_BITS = 32  # a streamed row is shard << 32 | row inside the shard
+_CHUNK_ROWS = 256  # rows that the library hands over at a time
+
+
+class Share(NamedTuple):
+    """What one process reads of the global sequence."""
+
+    plan: BatchPlan
+    rank: int
+    seed: int
+    first_step: int
+    last_step: int
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        return self.plan.micro_batches(self.first_step, self.last_step)
+
+
+class Decoder(NamedTuple):
+    """Turns Arrow values of the two columns into a Batch; images stay [n, H, W, C] until they have been pinned."""
+
+    source: str
+    image_column: str
+    label_column: str | None
+    size: tuple[int, int]
+    channels: int
+    fit: Fit
+
+    def values(self, table: pa.Table) -> list[tuple[Any, int]]:
+        """(undecoded image, label) per row."""
+        images = table.column(self.image_column).to_pylist()
+        if self.label_column is None:
+            return [(image, -1) for image in images]
+        labels = table.column(self.label_column).to_pylist()
+        return [(image, -1 if label is None else int(label)) for image, label in zip(images, labels, strict=True)]
+
+    def batch(
+        self, values: list[tuple[Any, int]], positions: np.ndarray, rows: np.ndarray, name_row: Callable[[int], str]
+    ) -> Batch:
+        """Decodes `values`; name_row says how messages call a row."""
+        images = np.empty((len(values), *self.size, self.channels), dtype=np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, about oversized images and damaged metadata
+            for i, (image, _) in enumerate(values):
+                try:
+                    images[i] = decode_image(_read_bytes(image), self.size, self.channels, self.fit)
+                except ImageProblem as problem:
+                    where = f"{name_row(int(rows[i]))} of {self.source}"
+                    path = _path(image)
+                    name = f"image {path} ({where})" if path else f"the image of {where}"
+                    raise DataError(f"{name} {problem}") from problem
+        labels = None
+        if self.label_column is not None:
+            labels = torch.tensor([label for _, label in values], dtype=torch.int64)
+        return Batch(torch.from_numpy(images), labels, torch.from_numpy(positions), torch.from_numpy(rows))
+
+
+def _path(image: Any) -> str | None:
+    """The path inside an undecoded image, whose Arrow type is struct<bytes, path>, binary or string."""
+    path = image.get("path") if isinstance(image, dict) else image
+    return path if isinstance(path, str) else None
+
+
+def _read_bytes(image: Any) -> bytes:
+    """The encoded bytes of an undecoded image, read from its path where it holds none."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(data, bytes):
+        return data
+    path = _path(image)
+    if not path:
+        raise ImageProblem("is missing: the row has neither bytes nor a path")
+    try:
+        if "://" in path:  # inside an archive or on the Hub, as streamed data sets name files
+            with xopen(path, "rb") as file:
+                return file.read()
+        with open(path, "rb") as file:
+            return file.read()
+    except Exception as error:  # OSError, or whatever a remote file system raises
+        raise ImageProblem(f"cannot be read: {one_line(error)}") from error
+
+
+class MapReader(TorchDataset):
+    """Micro-batches of a data set with random access: one Arrow take, then the decoding."""
+
+    def __init__(self, dataset: Any, decoder: Decoder, share: Share, num_images: int) -> None:
+        self.dataset = dataset
+        self.decoder = decoder
+        self.share = share
+        self.num_images = num_images
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | _Failure:
+        share = self.share
+        positions = share.plan.positions(*key, share.rank)
+        rows = rows_at(positions, self.num_images, share.seed)
+        try:
+            with library_errors(self.decoder.source):
+                table = self.dataset[rows.tolist()]
+            return self.decoder.batch(self.decoder.values(table), positions, rows, lambda row: f"row {row}")
+        except DataError as error:
+            return _Failure(str(error))
+
+
+class ShuffledStream:
+    """The examples of a streamed data set in an order of their own, fixed by (seed, epoch).
+
+    An epoch reads the shards in a permuted order through a shuffle buffer. Both are counter-based, so every process and
+    worker can walk the same sequence, which costs about 3 us per small example that it does not decode.
+    """
+
+    def __init__(self, dataset: Any, decoder: Decoder, buffer_size: int) -> None:
+        self.dataset = dataset
+        self.decoder = decoder
+        self.buffer_size = buffer_size
+
+    def examples(self, seed: int, start: int) -> Iterator[tuple[int, int, tuple[Any, int]]]:
+        """(position, row, undecoded value) of all positions from `start` on, epoch after epoch, without end.
+
+        Raises DataError where the stream is empty or cannot be read.
+        """
+        position = epoch = 0
+        while True:
+            first = position
+            for row, value in self._epoch(seed, epoch):
+                if position >= start:
+                    yield position, row, value
+                position += 1
+            length = position - first
+            if length == 0:
+                raise DataError(f"{self.decoder.source}: the stream has 0 rows")
+            # All epochs are of one length, so whole ones before the start need no second walk.
+            skipped = max(0, start - position) // length
+            position += skipped * length
+            epoch += 1 + skipped
+
+    def _epoch(self, seed: int, epoch: int) -> Iterator[tuple[int, tuple[Any, int]]]:
+        """(row, value) through the buffer: example k takes the place of a random one, which is handed out."""
+        key = derive_key(seed, epoch, Purpose.BUFFER)
+        buffer: list[tuple[int, tuple[Any, int]]] = []
+        count = 0
+        for chunk in self._chunks(seed, epoch):
+            words = random_words(key, np.arange(count, count + len(chunk), dtype=np.uint64))
+            places = ((words >> np.uint64(32)) * np.uint64(self.buffer_size)) >> np.uint64(32)
+            count += len(chunk)
+            for example, place in zip(chunk, places.tolist(), strict=True):
+                if len(buffer) < self.buffer_size:
+                    buffer.append(example)
+                else:
+                    handed_out, buffer[place] = buffer[place], example
+                    yield handed_out
+        if buffer:
+            tail = np.arange(len(buffer), dtype=np.int64)
+            for place in permute(tail, len(buffer), derive_key(seed, epoch, Purpose.BUFFER_TAIL)).tolist():
+                yield buffer[place]
+
+    def _chunks(self, seed: int, epoch: int) -> Iterator[list[tuple[int, tuple[Any, int]]]]:
+        """The rows of all shards, shard by shard in the epoch's order, some at a time."""
+        num_shards = self.dataset.num_shards
+        order = permute(np.arange(num_shards, dtype=np.int64), num_shards, derive_key(seed, epoch, Purpose.SHARDS))
+        for shard in order.tolist():
+            row = shard << _ROW_BITS
+            for table in self._tables(num_shards, shard):
+                values = self.decoder.values(table)
+                yield list(enumerate(values, start=row))
+                row += len(values)
+
+    def _tables(self, num_shards: int, shard: int) -> Iterator[pa.Table]:
+        # iter() and not __iter__: inside a loader worker the latter hands every worker other shards.
+        source = self.decoder.source
+        with library_errors(source):
+            tables = iter(self.dataset.shard(num_shards, shard).iter(batch_size=_CHUNK_ROWS))
+        while True:
+            with library_errors(source):
+                table = next(tables, None)
+            if table is None:
+                return
+            yield table
+
+
+class StreamReader(IterableDataset):
+    """Micro-batches of a stream: each loader worker walks all of it and decodes every num_workers-th micro-batch."""
+
+    def __init__(self, stream: ShuffledStream, decoder: Decoder, share: Share) -> None:
+        self.stream = stream
+        self.decoder = decoder
+        self.share = share
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        # The DataLoader takes from its workers in turn, so micro-batch i must come from worker i modulo their number.
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        parent = os.getppid()
+        plan, rank = self.share.plan, self.share.rank
+        examples: Iterator[tuple[int, int, tuple[Any, int]]] | None = None
+        try:
+            for step, index in islice(self.share.keys(), worker, None, num_workers):
+                first = plan.first_position(step, index, rank)
+                if examples is None:
+                    examples = self.stream.examples(self.share.seed, first)
+                rows: list[int] = []
+                values: list[tuple[Any, int]] = []
+                for position, row, value in examples:
+                    if position >= first:
+                        rows.append(row)
+                        values.append(value)
+                        if len(rows) == plan.micro_batch_size:
+                            break
+                    elif position % 4096 == 0 and os.getppid() != parent:
+                        return  # the training process was killed during a long walk
+                positions = plan.positions(step, index, rank)
+                yield self.decoder.batch(values, positions, np.array(rows, dtype=np.int64), _name_streamed_row)
+        except DataError as error:
+            yield _Failure(str(error))
+
+
+def _name_streamed_row(row: int) -> str:
+    return f"row {row & ((1 << _ROW_BITS) - 1)} of shard {row >> _ROW_BITS}"
+
+
+class _Failure:
+    """A DataError on its way out of a loader worker: an exception would arrive wrapped in the worker's traceback."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool) -> Iterator[Batch]:
+    """The reader's micro-batches through a DataLoader that touches no global random state."""
+    loader: DataLoader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=None if isinstance(reader, StreamReader) else _Keys(share),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin and torch.cuda.is_available(),
+        worker_init_fn=_init_worker,
+        generator=torch.Generator().manual_seed(0),  # iter() draws from it; without it from the global generator
+    )
+    iterator = iter(loader)
+    _OPEN_ITERATORS.add(iterator)
+    try:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"a loader process ended unexpectedly, often for lack of memory or of shared memory "
+                    f"(/dev/shm): lower data.workers ({one_line(error)})"
+                ) from error
+            if isinstance(item, _Failure):
+                raise DataError(item.message)
+            yield item._replace(images=item.images.permute(0, 3, 1, 2))
+    finally:
+        _close(iterator)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+class _Keys(Sampler):
+    """What the DataLoader asks a MapReader for."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self.share.keys()
+
+
+def _init_worker(worker: int) -> None:
+    """A signal to the process group is the training process's to answer: it still needs its workers to save and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+_OPEN_ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _close(iterator: Any) -> None:
+    """Ends the loader processes, also those that a SIGTERM does not end since they ignore it."""
+    workers = list(getattr(iterator, "_workers", ()))
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+    _OPEN_ITERATORS.discard(iterator)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own exit handler, which would wait for ever for processes that ignore its SIGTERM."""
+    for iterator in list(_OPEN_ITERATORS):
+        _close(iterator)

@@ -1,0 +1,377 @@
+"""The trainer: what a log line means, exact resume, signals, numerics, and the same run on one or two processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastddpm.checkpoint import Checkpoints, State, load_optimizer, optimizer_tensors
+from fastddpm.config import Config, preset
+from fastddpm.diffusion import TrainingProcess
+from fastddpm.errors import CheckpointError, ConfigError, NumericsError
+from fastddpm.optim import ema_decay, learning_rate, make_optimizer
+from fastddpm.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+def small(run: Path, **changes) -> Config:
+    """A run of seconds: the digits, a net of 40k parameters with dropout and flips, every random stream in use."""
+    values = {
+        "run": str(run),
+        "steps": 8,
+        "batch_size": 16,
+        "log_every": 1,
+        "save_every": 3,
+        "sample_every": 0,
+        "data": {"flip": True},
+        "model": {"block_out_channels": (8, 16), "norm_num_groups": 4, "dropout": 0.2},
+        "optim": {"horizon": 8, "warmup_steps": 2},
+    }
+    return preset("digits", **(values | changes))
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(run)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert Trainer(small(run)).train().finished
+    return run
+
+
+def test_log_lines_have_the_contract_fields_at_every_interval(whole):
+    lines = records(whole)
+    assert [r["step"] for r in lines] == list(range(1, 9))
+    for r in lines:
+        assert r["samples_seen"] == r["step"] * 16
+        assert math.isfinite(r["loss"]) and r["grad_norm"] > 0 and r["lr"] >= 0
+        assert r["images_per_s"] > 0 and 0 <= r["data_wait"] <= 1 and r["memory_bytes"] > 0
+
+
+def test_loss_and_norm_of_the_first_step_are_those_of_a_plain_rewrite(tmp_path):
+    """The first line against the lecture's algorithm in a few lines of torch, eps taken from x_t itself."""
+    config = small(tmp_path / "run", steps=1, model={"block_out_channels": (8, 16), "norm_num_groups": 4, "dropout": 0.0})
+    trainer = Trainer(config)
+    weights = [p.detach().clone() for p in trainer.weights]
+    (batch,) = list(trainer._batches())
+    noised = TrainingProcess(trainer.schedule, "eps", seed=config.seed, flip=True).noise(batch.images, batch.ordinals)
+    x_0 = batch.images.double() / 127.5 - 1
+    x_0 = torch.where(noised.flip.view(-1, 1, 1, 1), x_0.flip(3), x_0)
+    alpha_bar = torch.tensor(trainer.schedule.alpha_bar)[noised.t].view(-1, 1, 1, 1)
+    eps = (noised.x_t.double() - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    loss = (trainer.unet(noised.x_t, noised.t).sample - eps).pow(2).mean()
+    gradients = torch.autograd.grad(loss, trainer.weights)
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    trainer.train()
+    (line,) = records(tmp_path / "run")
+    # eps of samples at t = 0 is x_t's rounding error divided by a small sigma, so not closer than this.
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, trainer.weights, strict=True))
+
+
+def test_resume_is_bitwise_and_a_finished_run_given_more_steps_goes_on(whole, tmp_path):
+    run = tmp_path / "run"
+    Trainer(small(run, steps=4)).train()
+    Trainer(small(run, steps=7, log_every=2, save_every=2, data={"flip": True, "workers": 1})).train()
+    Trainer(small(run, steps=8)).train()
+    expected = [r for r in losses(whole) if r[0] in (1, 2, 3, 4, 6, 8)]
+    assert losses(run) == expected
+    a, b = (Checkpoints(r).load(Checkpoints(r).all()[-1]) for r in (whole, run))
+    for kind in ("model", "ema", "optimizer"):
+        ours, theirs = getattr(a, kind), getattr(b, kind)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_resume_drops_lines_beyond_the_checkpoint_and_a_torn_one(whole, tmp_path):
+    run = tmp_path / "run"
+    Trainer(small(run, steps=4)).train()
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "loss": 99.0, "grad_norm": 1.0}\n{"step": 6, "lo')
+    Trainer(small(run)).train()
+    assert losses(run) == losses(whole)
+
+
+def _command(config: Config, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "fastddpm", "train", "--preset", "digits", "--run", config.run),
+        *("--steps", str(config.steps), "--batch-size", "16", "--log-every", "1", "--save-every", "3"),
+        *("--sample-every", "0", "--data.flip", "--model.block-out-channels", "8", "16"),
+        *("--model.norm-num-groups", "4", "--model.dropout", "0.2", "--optim.horizon", str(config.optim.horizon)),
+        *("--optim.warmup-steps", "2", *more),
+    ]
+
+
+def _environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_at_any_moment_and_started_again_gives_the_same_losses(tmp_path):
+    """SIGKILL at several instants, among them inside saves; the losses are those of a run nobody disturbed."""
+    steps = 120
+    changes = {"steps": steps, "optim": {"horizon": steps, "warmup_steps": 2}}
+    calm = small(tmp_path / "calm", **changes)
+    subprocess.run(_command(calm), env=_environment(), check=True, capture_output=True)
+    disturbed = small(tmp_path / "disturbed", **changes)
+    generator = np.random.default_rng(0)
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen(_command(disturbed), env=_environment(), stderr=subprocess.PIPE, text=True)
+        seen = 0
+        target = int(generator.integers(5, 40))
+        for line in process.stderr:
+            seen += line.startswith("step ")
+            if seen >= target:
+                time.sleep(generator.random() * 0.02)
+                process.kill()
+                break
+        if process.wait() == -signal.SIGKILL:
+            kills += 1
+        process.stderr.close()
+    assert kills == 3
+    subprocess.run(_command(disturbed), env=_environment(), check=True, capture_output=True)
+    assert losses(tmp_path / "disturbed") == losses(tmp_path / "calm")
+    leftovers = [p.name for p in (tmp_path / "disturbed" / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    config = small(tmp_path / "run", steps=100_000)
+    process = subprocess.Popen(
+        _command(config, "--data.workers", "1"), env=_environment(), stderr=subprocess.PIPE, text=True
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step 5/"):
+            process.send_signal(number)
+    assert process.wait() == 130
+    assert "go on with the same command: fastddpm train --preset digits" in said[-1]
+    last = Checkpoints(tmp_path / "run").all()[-1]
+    assert f"step {int(last.name[5:])};" in said[-1]
+    assert records(tmp_path / "run")[-1]["step"] == int(last.name[5:])
+
+
+def test_accumulation_changes_neither_samples_nor_losses(whole, tmp_path):
+    run = tmp_path / "run"
+    Trainer(small(run, accumulation=4)).train()
+    for a, b in zip(losses(run), losses(whole), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+_RECORDER = """
+import json, os, sys
+from fastddpm.diffusion import TrainingProcess
+plain, seen = TrainingProcess.noise, []
+def recording(self, x_0, ordinals, dtype):
+    noised = plain(self, x_0, ordinals, dtype)
+    for i, p in enumerate(ordinals.tolist()):
+        seen.append((p, int(noised.t[i]), bool(noised.flip[i]), noised.x_t[i].numpy().tobytes().hex()))
+    return noised
+TrainingProcess.noise = recording
+from fastddpm.cli import main
+code = main(sys.argv[2:])
+open(sys.argv[1] + os.environ.get("RANK", "0"), "w").write(json.dumps(seen))
+sys.exit(code)
+"""
+
+
+def test_one_and_two_processes_see_the_same_samples_timesteps_and_noise(tmp_path):
+    """(position, t, flip, x_t) as sets are equal bitwise; the losses agree to rounding, dropout included."""
+    script = tmp_path / "record.py"
+    script.write_text(_RECORDER)
+    sets = []
+    for world in (1, 2):
+        run = tmp_path / f"run{world}"
+        arguments = [str(script), str(tmp_path / f"seen{world}-"), *_command(small(run))[3:]]
+        launcher = (
+            [sys.executable]
+            if world == 1
+            else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+        )
+        environment = _environment() | {"ACCELERATE_USE_CPU": "true"}
+        subprocess.run([*launcher, *arguments], env=environment, check=True, capture_output=True, timeout=300)
+        seen = []
+        for rank in range(world):
+            seen += json.loads((tmp_path / f"seen{world}-{rank}").read_text())
+        sets.append(sorted(seen))
+    assert len(sets[0]) == 8 * 16
+    assert sets[0] == sets[1]
+    one, two = losses(tmp_path / "run1"), losses(tmp_path / "run2")
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("fastddpm.trainer.Accelerator", lambda **_: _Alone())
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU"):
+        Trainer(small(tmp_path / "run"))
+
+
+class _Alone:
+    num_processes = 1
+    device = torch.device("cpu")
+
+
+def test_a_diverging_run_ends_with_an_error_and_saves_nothing_bad(tmp_path):
+    run = tmp_path / "run"
+    config = small(run, steps=50, log_every=5, save_every=1000, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None})
+    with pytest.raises(NumericsError, match=r"step \d+ is not finite"):
+        Trainer(config).train()
+    assert Checkpoints(run).all() == []
+
+
+def test_another_config_is_refused_and_every_difference_named(whole):
+    before = (whole / "config.json").read_text()
+    with pytest.raises(ConfigError) as caught:
+        Trainer(small(whole, batch_size=32, optim={"lr": 1.0, "horizon": 8, "warmup_steps": 2}))
+    assert "batch_size: 16 -> 32" in str(caught.value) and "optim.lr: 0.002 -> 1.0" in str(caught.value)
+    assert (whole / "config.json").read_text() == before
+
+
+def test_the_horizon_is_the_first_starts_and_kept(tmp_path):
+    run = tmp_path / "run"
+    assert Trainer(small(run, steps=3, optim={"horizon": None, "warmup_steps": 2})).config.optim.horizon == 3
+    assert Trainer(small(run, steps=6, optim={"horizon": None, "warmup_steps": 2})).config.optim.horizon == 3
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size 16 does not divide by 1 processes x 3 accumulation"):
+        Trainer(small(tmp_path / "run", accumulation=3))
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        Trainer(small(tmp_path / "run", precision="fp16"))
+
+
+def test_bf16_trains_on_a_cpu(tmp_path, whole):
+    run = tmp_path / "run"
+    Trainer(small(run, precision="bf16")).train()
+    for (_, a, _), (_, b, _) in zip(losses(run), losses(whole), strict=True):
+        assert a == pytest.approx(b, rel=0.05)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(tmp_path, capsys):
+    run = tmp_path / "run"
+    Trainer(small(run)).train()
+    third, sixth, eighth = Checkpoints(run).all()
+    for path in (sixth, eighth):
+        weights = path / "model.safetensors"
+        raw = bytearray(weights.read_bytes())
+        raw[-1] ^= 1
+        weights.write_bytes(raw)
+    expected = losses(run)
+    trainer = Trainer(small(run))
+    assert trainer.step == 3
+    assert "model.safetensors is not what was written" in capsys.readouterr().err
+    trainer.train()
+    assert losses(run) == expected
+    for path in Checkpoints(run).all():
+        (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint can be trusted"):
+        Trainer(small(run))
+
+
+def test_checkpoints_are_pruned_and_of_plain_files(whole):
+    names = [p.name for p in Checkpoints(whole).all()]
+    assert names == ["step-00000003", "step-00000006", "step-00000008"]
+    kinds = {p.suffix for p in (whole / "checkpoints").rglob("*") if p.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_keep_one_keeps_the_newest(tmp_path):
+    run = tmp_path / "run"
+    Trainer(small(run, keep=1)).train()
+    assert [p.name for p in Checkpoints(run).all()] == ["step-00000008"]
+
+
+def test_a_full_disk_leaves_older_checkpoints(tmp_path, monkeypatch):
+    """A write that fails half way: one clear error, nothing half written, the older checkpoint still there."""
+    checkpoints = Checkpoints(tmp_path)
+    tensors = {"w": torch.ones(3)}
+    checkpoints.save(State(1, 1, tensors, tensors, tensors))
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastddpm.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoints.save(State(2, 2, tensors, tensors, tensors))
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["step-00000001"]
+    assert checkpoints.newest()[0].name == "step-00000001"
+
+
+def test_restored_moments_take_their_parameters_strides():
+    """A fused Adam on a CPU walks memory linearly: with other strides it would silently mix elements."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))]
+    names = ["w"]
+    twin = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    config = preset("digits").optim
+    a, b = make_optimizer(config, weights), make_optimizer(config, twin)
+    gradients = torch.randn(3, 4, 3, 3, 3)
+
+    def step(optimizer, parameters, gradient):
+        parameters[0].grad = gradient.to(memory_format=torch.channels_last)
+        optimizer.step()
+
+    step(a, weights, gradients[0])
+    saved = {k: v.contiguous().clone() for k, v in optimizer_tensors(a, names).items()}
+    with torch.no_grad():
+        twin[0].copy_(weights[0])
+    load_optimizer(b, names, saved)
+    assert b.state[twin[0]]["exp_avg"].stride() == twin[0].stride()
+    for gradient in gradients[1:]:
+        step(a, weights, gradient)
+        step(b, twin, gradient)
+    assert torch.equal(weights[0], twin[0])
+
+
+def test_learning_rate_and_decay_are_functions_of_the_step():
+    ho = preset("cifar10")
+    assert learning_rate(ho.optim, 0, 800_000) == pytest.approx(2e-4 / 5000)
+    assert learning_rate(ho.optim, 4999, 800_000) == learning_rate(ho.optim, 700_000, 800_000) == 2e-4
+    digits = preset("digits").optim
+    assert learning_rate(digits, 1000, 1000) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(digits, 500, 1000) == pytest.approx(digits.lr / 2)
+    assert [ema_decay(ho.ema, n) for n in (0, 8)] == [2 / 11, 10 / 19]
+    assert ema_decay(ho.ema, 10**6) == 0.9999
+
+
+def test_the_average_follows_the_weights(tmp_path):
+    """After one step the average is d w_0 + (1 - d) w_1 with d = 2/11; after eight it still is their recursion."""
+    trainer = Trainer(small(tmp_path / "run", steps=1))
+    before = [w.detach().clone() for w in trainer.weights]
+    trainer.train()
+    for w_0, w_1, average in zip(before, trainer.weights, trainer.averages, strict=True):
+        torch.testing.assert_close(average, w_0 * (2 / 11) + w_1.detach() * (9 / 11), rtol=1e-5, atol=1e-7)
+
+
+def test_grids_are_drawn_during_training(tmp_path):
+    run = tmp_path / "run"
+    config = small(run, steps=4, sample_every=2, grid={"num": 5, "steps": 3, "batch_size": 2})
+    Trainer(config).train()
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
