@@ -3,7 +3,7 @@
     from fastddpm import Trainer, preset
     Trainer(preset("digits", run="runs/mine", steps=500)).train()
 
-Names are loaded when first used, so that `fastddpm --help` does not wait for torch.
+Names are loaded when first used: importing the package does not wait for torch.
 """
 
 import importlib

@@ -199,7 +199,7 @@ class Checkpoints:
         Raises:
             CheckpointError: if there are some but none verifies: starting again at step 0 would throw a run away.
         """
-        refused = []
+        refused: list[str] = []
         found = self.all()
         for path in reversed(found):
             reason = self.verify(path)

@@ -53,7 +53,8 @@ def draw_images(
         file=sys.stderr,
         disable=not (progress and sys.stderr.isatty()),
     )
-    parts, film = [], []
+    parts: list[torch.Tensor] = []
+    film: list[torch.Tensor] = []
     with bar:
         for start in range(0, share, batch_size):
             numbers = rank * share + torch.arange(start, min(start + batch_size, share))

@@ -6,6 +6,7 @@ Loader workers hold no random state and ignore signals; what they cannot read re
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import warnings
@@ -263,7 +264,8 @@ def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool
         worker_init_fn=_init_worker,
         generator=torch.Generator().manual_seed(0),  # iter() draws from it; without it from the global generator
     )
-    iterator = iter(loader)
+    with _signals_held_back():
+        iterator = iter(loader)
     _OPEN_ITERATORS.add(iterator)
     try:
         while True:
@@ -271,8 +273,11 @@ def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool
                 item = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, OSError) as error:
+                # A dead worker shows as the DataLoader's RuntimeError or, in the middle of a hand-over, as a broken
+                # connection. What a worker raised itself says "Caught ... in DataLoader worker process".
+                broken_off = not isinstance(error, RuntimeError) and "in DataLoader worker process" not in str(error)
+                if workers == 0 or not (broken_off or "DataLoader worker (pid" in str(error)):
                     raise
                 raise DataError(
                     f"a loader process ended unexpectedly, often for lack of memory or of shared memory "
@@ -299,8 +304,24 @@ class _Keys(Sampler):
         return self.share.keys()
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Loader processes are born with SIGINT and SIGTERM blocked; here they are delivered at the end.
+
+    A signal to the process group is the training process's to answer: it needs its workers to finish the step and save.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _init_worker(worker: int) -> None:
-    """A signal to the process group is the training process's to answer: it still needs its workers to save and end."""
+    """For processes that do not inherit the blocked signals: those of a fork server."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -310,10 +331,11 @@ _OPEN_ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _close(iterator: Any) -> None:
-    """Ends the loader processes, also those that a SIGTERM does not end since they ignore it."""
+    """Ends the loader processes, also those that are in a long walk and, deaf to SIGTERM, would be waited for."""
     workers = list(getattr(iterator, "_workers", ()))
     if workers:
-        iterator._shutdown_workers()
+        with contextlib.suppress(RuntimeError):  # torch's SIGCHLD handler, when one of them has been killed
+            iterator._shutdown_workers()
     for worker in workers:
         if worker.is_alive():
             worker.kill()

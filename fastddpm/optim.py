@@ -1,6 +1,7 @@
 """Optimiser, learning rate and weight average; the last two are functions of the step, so resume needs no state."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,6 @@ def ema_decay(config: EMAConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
+def update_ema(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * weight, over all tensors in a few kernels, without a host sync."""
-    torch._foreach_lerp_(averages, weights, 1.0 - decay)
+    torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)

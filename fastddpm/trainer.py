@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -209,7 +209,7 @@ class Trainer:
                 acc.end_training()
         return Outcome(self.run, self.step, finished=not stopped)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         acc, config = self.accelerator, self.config
         return self.data.batches(
             config.seed,
