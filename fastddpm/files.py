@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import ConfigError
 
@@ -48,6 +48,25 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def lock_folder(path: Path) -> IO[str]:
+    """Hold a folder for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ConfigError: if another process holds it.
+    """
+    handle = (path / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ConfigError(f"{path} is in use by another process: wait for it, stop it, or choose another --run") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: nobody is kept out, as before
+    return handle
 
 
 def writable_folder(path: Path, what: str) -> Path:

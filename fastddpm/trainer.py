@@ -30,7 +30,7 @@ from .config import Config, differences, flatten, from_dict, to_dict
 from .data import Batch, ImageData, open_data, resolve_source
 from .diffusion import TrainingProcess
 from .errors import CheckpointError, ConfigError, NumericsError
-from .files import writable_folder, write_json
+from .files import lock_folder, writable_folder, write_json
 from .generate import draw_images
 from .interrupt import StopRequest
 from .optim import ema_decay, learning_rate, make_optimizer, update_ema
@@ -100,6 +100,7 @@ class Trainer:
         acc = self.accelerator
         config.micro_batch(acc.num_processes)
         self.run = writable_folder(_run_folder(config), "run folder")
+        self._lock = lock_folder(self.run) if acc.is_main_process else None
         self.config = resolve(config, self.run)
         acc.wait_for_everyone()  # everyone has compared with the stored config before it is replaced
 
@@ -173,9 +174,16 @@ class Trainer:
             DataError: an image cannot be read or does not fit.
             CheckpointError: a checkpoint cannot be written.
         """
+        try:
+            finished = self.step >= self.config.steps or self._loop()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+        return Outcome(self.run, self.step, finished)
+
+    def _loop(self) -> bool:
+        """The steps that are left; False if a signal stopped them."""
         config, acc = self.config, self.accelerator
-        if self.step >= config.steps:
-            return Outcome(self.run, self.step, finished=True)
         if config.trackers:
             acc.init_trackers("fastddpm", config={k: str(v) for k, v in flatten(to_dict(config)).items()})
         progress = Progress(
@@ -207,7 +215,7 @@ class Trainer:
             progress.close()
             if config.trackers:
                 acc.end_training()
-        return Outcome(self.run, self.step, finished=not stopped)
+        return not stopped
 
     def _batches(self) -> Generator[Batch, None, None]:
         acc, config = self.accelerator, self.config

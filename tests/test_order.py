@@ -75,7 +75,7 @@ def test_keys_differ() -> None:
 
 
 def test_positions_and_neighbours_are_uniform() -> None:
-    # The seeds are fixed; with 6 rounds in place of 12 the pairs of n = 7 give p = 0.
+    # The seeds are fixed; 4 rounds in place of 12 give p = 0.
     for n in (7, 10, 17, 50):
         orders = np.array([epoch_order(n, seed=11, epoch=epoch) for epoch in range(4000)])
         for position in (0, 1, n // 2, n - 1):

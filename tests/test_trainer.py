@@ -251,8 +251,29 @@ def test_another_config_is_refused_and_every_difference_named(whole):
 
 def test_the_horizon_is_the_first_starts_and_kept(tmp_path):
     run = tmp_path / "run"
-    assert Trainer(small(run, steps=3, optim={"horizon": None, "warmup_steps": 2})).config.optim.horizon == 3
-    assert Trainer(small(run, steps=6, optim={"horizon": None, "warmup_steps": 2})).config.optim.horizon == 3
+    for steps in (3, 6):
+        trainer = Trainer(small(run, steps=steps, optim={"horizon": None, "warmup_steps": 2}))
+        trainer.train()
+        assert trainer.config.optim.horizon == 3
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    held = Trainer(small(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        Trainer(small(tmp_path / "run"))
+    held.train()
+    Trainer(small(tmp_path / "run")).train()
+
+
+def test_trackers_get_what_the_log_gets(tmp_path, whole):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    Trainer(small(run, trackers=("tensorboard",))).train()
+    (events,) = (run / "fastddpm").glob("events.out.tfevents*")
+    read = EventAccumulator(str(events.parent)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(s, np.float32(v)) for s, v, _ in losses(whole)]
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
