@@ -254,18 +254,21 @@ class _Failure:
 
 def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool) -> Iterator[Batch]:
     """The reader's micro-batches through a DataLoader that touches no global random state."""
-    loader: DataLoader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=None if isinstance(reader, StreamReader) else _Keys(share),
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin and torch.cuda.is_available(),
-        worker_init_fn=_init_worker,
-        generator=torch.Generator().manual_seed(0),  # iter() draws from it; without it from the global generator
-    )
-    with _signals_held_back():
-        iterator = iter(loader)
+    with warnings.catch_warnings():
+        # torch's, that there are more workers than processor cores: they still overlap with the training step.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=None if isinstance(reader, StreamReader) else _Keys(share),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin and torch.cuda.is_available(),
+            worker_init_fn=_init_worker,
+            generator=torch.Generator().manual_seed(0),  # iter() draws from it; without it from the global generator
+        )
+        with _signals_held_back():
+            iterator = iter(loader)
     _OPEN_ITERATORS.add(iterator)
     try:
         while True:
