@@ -3,8 +3,8 @@
     python benchmarks/digits.py                      # three training seeds, about 2 minutes each on 2 cores
     python benchmarks/digits.py --seeds 0 --steps 500
 
-The judge is a logistic regression on kernel features of scikit-learn's real digits, three in ten held out. A sample counts
-as plainly a digit if the judge gives some class at least 0.8. The same figure is printed for held-out real digits, for
+The judge is a logistic regression on kernel features of scikit-learn's real digits, three in ten held out. A sample is
+plainly a digit if the judge gives some class at least 0.8. The same figure is printed for held-out real digits, for
 half-half blends of two of them with different labels, and for pure noise. The judge never sees a sample in training.
 """
 

@@ -139,7 +139,11 @@ class Config:
             raise ConfigError(
                 f"grid.num is {self.grid.num} and grid.batch_size {self.grid.batch_size}: both at least 1"
             )
-        if self.sample_every and self.grid.steps is not None and not 1 <= self.grid.steps <= self.diffusion.num_timesteps:
+        if (
+            self.sample_every
+            and self.grid.steps is not None
+            and not 1 <= self.grid.steps <= self.diffusion.num_timesteps
+        ):
             raise ConfigError(
                 f"grid.steps is {self.grid.steps}: it must be in 1 .. {self.diffusion.num_timesteps} "
                 "(diffusion.num_timesteps)"

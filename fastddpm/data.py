@@ -8,7 +8,7 @@ NHWC memory; the noising kernel normalises them on the device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # datasets takes 0.6 s to import, for which --help and sampli
     from .sources import ImageSource
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they reach the model's size."""
 
@@ -122,7 +122,7 @@ class ImageData:
         accumulation: int = 1,
         workers: int | None = None,
         pin: bool = False,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """This rank's micro-batches of steps first_step .. last_step - 1: step by step, accumulation index by index.
 
         seed: the run's, in [0, 2^63). batch_size: the global one, a multiple of world x accumulation (ConfigError).

@@ -63,7 +63,9 @@ def lock_folder(path: Path) -> IO[str]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.close()
-        raise ConfigError(f"{path} is in use by another process: wait for it, stop it, or choose another --run") from None
+        raise ConfigError(
+            f"{path} is in use by another process: wait for it, stop it, or choose another --run"
+        ) from None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: nobody is kept out, as before
     return handle

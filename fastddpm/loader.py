@@ -11,7 +11,7 @@ import os
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -252,7 +252,7 @@ class _Failure:
         self.message = message
 
 
-def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool) -> Iterator[Batch]:
+def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The reader's micro-batches through a DataLoader that touches no global random state."""
     with warnings.catch_warnings():
         # torch's, that there are more workers than processor cores: they still overlap with the training step.

@@ -29,7 +29,7 @@ from .checkpoint import Checkpoints, State, load_into, load_optimizer, optimizer
 from .config import Config, differences, flatten, from_dict, to_dict
 from .data import Batch, ImageData, open_data, resolve_source
 from .diffusion import TrainingProcess
-from .errors import CheckpointError, ConfigError, NumericsError
+from .errors import CheckpointError, ConfigError, DataError, NumericsError
 from .files import lock_folder, writable_folder, write_json
 from .generate import draw_images
 from .interrupt import StopRequest
@@ -105,7 +105,10 @@ class Trainer:
         acc.wait_for_everyone()  # everyone has compared with the stored config before it is replaced
 
         with acc.main_process_first():
-            self.data: ImageData = open_data(self.config.data, self.config.model.image_size, self.config.model.in_channels)
+            self.data: ImageData = open_data(
+                self.config.data, self.config.model.image_size, self.config.model.in_channels
+            )
+        self._check_data()
         self.unet = UNet(self.config.model, seed=self.config.seed)
         self.unet.to(acc.device)
         self.ema_unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
@@ -129,6 +132,15 @@ class Trainer:
 
     # -- start and resume ---------------------------------------------------------------------------------------------
 
+    def _check_data(self) -> None:
+        """The order is a function of the number of images: a set that has grown since the first start is refused."""
+        stored = read_facts(self.run)
+        if stored is not None and stored.get("num_images") != self.data.num_images:
+            raise DataError(
+                f"{self.config.data.source} has {self.data.num_images} images and had {stored.get('num_images')} when "
+                f"{self.run} was started, so the order would be another: restore the data or choose another --run"
+            )
+
     def _resume(self) -> None:
         newest = self.checkpoints.newest()
         if newest is not None:
@@ -141,7 +153,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.sweep()
             self.log.rewind(self.step)
-            write_json(self.run / "config.json", {"versions": versions(), "config": to_dict(self.config)})
+            facts = {"versions": versions(), "num_images": self.data.num_images, "config": to_dict(self.config)}
+            write_json(self.run / "config.json", facts)
             if newest is not None:
                 self._export()  # a kill may have come between the checkpoint and the pipeline files
         self.accelerator.wait_for_everyone()
@@ -396,19 +409,32 @@ def _trackers(names: tuple[str, ...]) -> list[str] | None:
     return list(names) or None
 
 
+def read_facts(run: Path) -> dict[str, Any] | None:
+    """RUN/config.json: "config", "versions" and "num_images"; None if there is none yet.
+
+    Raises:
+        ConfigError: if it is not one of ours.
+    """
+    path = run / "config.json"
+    try:
+        facts = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise ConfigError(f"{path} is not the config of a fastddpm run; choose another --run")
+    return facts
+
+
 def read_config(run: Path) -> Config | None:
     """The config stored in a run folder, or None if there is none yet.
 
     Raises:
         ConfigError: if RUN/config.json is not one of ours.
     """
-    path = run / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return from_dict(Config, json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not the config of a fastddpm run: {error!r}; choose another --run") from error
+    facts = read_facts(run)
+    return None if facts is None else from_dict(Config, facts["config"])
 
 
 def resolve(config: Config, run: Path) -> Config:

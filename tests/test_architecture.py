@@ -81,7 +81,9 @@ def test_launch_files_load_in_accelerate_and_hold_machine_facts_only(path):
     }
     assert keys <= machine
     config = load_config_from_file(str(path))
-    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "fastddpm", "train", "--run", "r"])
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(path), "-m", "fastddpm", "train", "--run", "r"]
+    )
     arguments, *_ = _validate_launch_command(arguments)
     assert arguments.num_processes == config.num_processes
     assert arguments.training_script_args == ["train", "--run", "r"]

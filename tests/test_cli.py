@@ -14,9 +14,9 @@ from fastddpm.cli import main
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--model.block-out-channels 8 16 --model.norm-num-groups 4 --batch-size 8 --log-every 1 --sample-every 0 "
-    "--diffusion.num-timesteps 12"
-).split()
+    *("--model.block-out-channels", "8", "16", "--model.norm-num-groups", "4", "--batch-size", "8"),
+    *("--log-every", "1", "--sample-every", "0", "--diffusion.num-timesteps", "12"),
+)
 
 
 def train(run: Path, *more: str) -> int:
@@ -57,7 +57,7 @@ def test_samples_do_not_depend_on_the_batch_size(run, tmp_path):
 
 
 def test_sample_by_ddim_with_eta_and_other_precision(run, tmp_path):
-    options = "--num 2 --sampler ddim --steps 4 --eta 0.5 --precision bf16".split()
+    options = ["--num", "2", "--sampler", "ddim", "--steps", "4", "--eta", "0.5", "--precision", "bf16"]
     assert main(["sample", str(run), *options, "--out", str(tmp_path)]) == 0
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape[0] == 2
 

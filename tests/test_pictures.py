@@ -32,7 +32,7 @@ def test_filmstrip_has_a_row_per_image_and_time_from_left_to_right():
     frames[:, 0], frames[:, 1] = np.arange(4).reshape(4, 1, 1, 1), 10 + np.arange(4).reshape(4, 1, 1, 1)
     picture = np.asarray(filmstrip(frames))
     scale = picture.shape[1] // 9
-    assert picture[scale::2 * scale, scale::2 * scale, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert picture[scale :: 2 * scale, scale :: 2 * scale, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
 
 
 def test_film_steps_hold_both_ends():

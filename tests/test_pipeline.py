@@ -130,7 +130,10 @@ def _old_layout(run: Path, folder: Path, binary: bool) -> None:
         torch.save(old, folder / "diffusion_pytorch_model.bin")
     else:
         save_file(old, folder / "diffusion_pytorch_model.safetensors")
-    for name, source in (("config.json", "unet/config.json"), ("scheduler_config.json", "scheduler/scheduler_config.json")):
+    for name, source in (
+        ("config.json", "unet/config.json"),
+        ("scheduler_config.json", "scheduler/scheduler_config.json"),
+    ):
         (folder / name).write_text((run / source).read_text())
 
 
@@ -139,14 +142,18 @@ def test_old_attention_names_and_root_level_layout_load(run, tmp_path, binary):
     _old_layout(run, tmp_path / "old", binary)
     a, b = load_pipeline(str(run)), load_pipeline(str(tmp_path / "old"))
     assert a.process == b.process
-    assert all(torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values(), strict=True)
+    )
 
 
 def test_sharded_weights_and_a_bare_model_folder_load(run, tmp_path):
     UNet2DModel.from_pretrained(run / "unet").save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     a, b = load_pipeline(str(run)), load_pipeline(str(tmp_path / "model"))
-    assert all(torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values(), strict=True)
+    )
 
 
 def test_a_pickled_weight_file_with_code_is_refused(run, tmp_path):
@@ -162,7 +169,7 @@ def test_weights_of_another_architecture_are_named(run, tmp_path):
     (tmp_path / "unet" / "config.json").write_text(json.dumps(facts))
     weights = (run / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
-    with pytest.raises(CheckpointError, match="another architecture: .* have another shape"):
+    with pytest.raises(CheckpointError, match=r"another architecture: .* have another shape"):
         load_pipeline(str(tmp_path))
 
 

@@ -16,7 +16,7 @@ import torch
 from fastddpm.checkpoint import Checkpoints, State, load_optimizer, optimizer_tensors
 from fastddpm.config import Config, preset
 from fastddpm.diffusion import TrainingProcess
-from fastddpm.errors import CheckpointError, ConfigError, NumericsError
+from fastddpm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from fastddpm.optim import ema_decay, learning_rate, make_optimizer
 from fastddpm.trainer import Trainer
 
@@ -66,7 +66,9 @@ def test_log_lines_have_the_contract_fields_at_every_interval(whole):
 
 def test_loss_and_norm_of_the_first_step_are_those_of_a_plain_rewrite(tmp_path):
     """The first line against the lecture's algorithm in a few lines of torch, eps taken from x_t itself."""
-    config = small(tmp_path / "run", steps=1, model={"block_out_channels": (8, 16), "norm_num_groups": 4, "dropout": 0.0})
+    config = small(
+        tmp_path / "run", steps=1, model={"block_out_channels": (8, 16), "norm_num_groups": 4, "dropout": 0.0}
+    )
     trainer = Trainer(config)
     weights = [p.detach().clone() for p in trainer.weights]
     (batch,) = list(trainer._batches())
@@ -235,7 +237,9 @@ class _Alone:
 
 def test_a_diverging_run_ends_with_an_error_and_saves_nothing_bad(tmp_path):
     run = tmp_path / "run"
-    config = small(run, steps=50, log_every=5, save_every=1000, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None})
+    config = small(
+        run, steps=50, log_every=5, save_every=1000, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None}
+    )
     with pytest.raises(NumericsError, match=r"step \d+ is not finite"):
         Trainer(config).train()
     assert Checkpoints(run).all() == []
@@ -247,6 +251,16 @@ def test_another_config_is_refused_and_every_difference_named(whole):
         Trainer(small(whole, batch_size=32, optim={"lr": 1.0, "horizon": 8, "warmup_steps": 2}))
     assert "batch_size: 16 -> 32" in str(caught.value) and "optim.lr: 0.002 -> 1.0" in str(caught.value)
     assert (whole / "config.json").read_text() == before
+
+
+def test_a_data_set_that_has_grown_is_refused(tmp_path):
+    run = tmp_path / "run"
+    Trainer(small(run)).train()
+    facts = json.loads((run / "config.json").read_text())
+    assert facts["num_images"] == 1797
+    (run / "config.json").write_text(json.dumps(facts | {"num_images": 1700}))
+    with pytest.raises(DataError, match="digits has 1797 images and had 1700"):
+        Trainer(small(run))
 
 
 def test_the_horizon_is_the_first_starts_and_kept(tmp_path):
@@ -298,7 +312,7 @@ def test_bf16_trains_on_a_cpu(tmp_path, whole):
 def test_a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(tmp_path, capsys):
     run = tmp_path / "run"
     Trainer(small(run)).train()
-    third, sixth, eighth = Checkpoints(run).all()
+    _, sixth, eighth = Checkpoints(run).all()
     for path in (sixth, eighth):
         weights = path / "model.safetensors"
         raw = bytearray(weights.read_bytes())
