@@ -9,6 +9,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,12 +148,13 @@ def train(args: list[str]) -> int:
     outcome = trainer.train()
     if not trainer.accelerator.is_main_process:
         return 0 if outcome.finished else INTERRUPTED
-    again = " ".join(["fastddpm train", *args])
+    again = shlex.join(["fastddpm", "train", *args])
     if not outcome.finished:
         print(f"stopped and saved at step {outcome.step}; go on with the same command: {again}", file=sys.stderr)
         return INTERRUPTED
     print(f"run        {outcome.run} ({outcome.step} steps done)")
-    print(f"next       fastddpm sample {outcome.run} --out {outcome.run}/samples/final")
+    run, out = shlex.quote(str(outcome.run)), shlex.quote(f"{outcome.run}/samples/final")
+    print(f"next       fastddpm sample {run} --out {out}")
     return 0
 
 

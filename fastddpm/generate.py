@@ -1,6 +1,5 @@
 """Draw many images with a sampler, in batches, on all ranks; image n is the same however many ranks and batches."""
 
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .pictures import film_steps
+from .runlog import make_bar
 from .samplers import Sampler, to_uint8
 
 
@@ -45,14 +45,7 @@ def draw_images(
     # Equal shares, so that every rank makes the same number of network calls; surplus images are cut off below.
     share = -(-num // world)
     num_steps = len(sampler.timesteps)
-    bar = tqdm(
-        total=share * num_steps,
-        desc="sampling",
-        unit="steps",
-        unit_scale=True,
-        file=sys.stderr,
-        disable=not (progress and sys.stderr.isatty()),
-    )
+    bar = make_bar("sampling", "steps", share * num_steps, enabled=progress)
     parts: list[torch.Tensor] = []
     film: list[torch.Tensor] = []
     with bar:

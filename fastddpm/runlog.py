@@ -1,6 +1,7 @@
 """What a run says while it runs: RUN/log.jsonl for programs, a progress bar or plain lines on stderr for people."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,23 +49,31 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def make_bar(desc: str, unit: str, total: int, initial: int = 0, enabled: bool = True) -> tqdm:
+    """A progress bar on stderr with rate and time left, shown on a terminal only."""
+    # Asked here, because tqdm draws nothing on a terminal that says it has 0 rows, as many pseudo-terminals do.
+    size = shutil.get_terminal_size((100, 24))
+    return tqdm(
+        desc=desc,
+        unit=unit,
+        total=total,
+        initial=initial,
+        unit_scale=True,
+        smoothing=0.05,
+        file=sys.stderr,
+        ncols=size.columns - 1,
+        nrows=size.lines,
+        disable=not (enabled and sys.stderr.isatty()),
+    )
+
+
 class Progress:
     """A bar on a terminal, a line per log interval in a pipe, nothing on ranks other than 0."""
 
     def __init__(self, *, first_step: int, last_step: int, batch_size: int, enabled: bool) -> None:
         self.last_step, self.batch_size, self.enabled = last_step, batch_size, enabled
-        self.bar: tqdm | None = None
-        if enabled and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=last_step * batch_size,
-                initial=first_step * batch_size,
-                unit="images",
-                unit_scale=True,
-                smoothing=0.05,
-                file=sys.stderr,
-                desc="training",
-                dynamic_ncols=True,
-            )
+        bar = make_bar("training", "images", last_step * batch_size, first_step * batch_size, enabled)
+        self.bar: tqdm | None = None if bar.disable else bar
 
     def step(self) -> None:
         """One optimiser step is done."""

@@ -4,6 +4,8 @@ Imports torch alone; triton is needed for impl="triton" only. The references run
 """
 
 from .draws import (
+    DRAW_NORMAL,
+    DRAW_TIMESTEPS,
     draw_normal,
     draw_normal_reference,
     draw_normal_triton,
@@ -11,8 +13,10 @@ from .draws import (
     draw_timesteps_reference,
     draw_timesteps_triton,
 )
-from .dropout import dropout, dropout_mask_reference
+from .dropout import DROPOUT, dropout, dropout_reference, dropout_triton
 from .loss import (
+    DIFFUSION_LOSS,
+    DIFFUSION_LOSS_AND_GRAD,
     TARGETS,
     diffusion_loss,
     diffusion_loss_and_grad,
@@ -21,13 +25,30 @@ from .loss import (
     diffusion_loss_reference,
     diffusion_loss_triton,
 )
-from .noising import add_noise, add_noise_reference, add_noise_triton
+from .noising import ADD_NOISE, add_noise, add_noise_reference, add_noise_triton
+from .ops import Case, Op
 from .philox import STREAM_VERSION, Stream, philox_words, stream_tag
-from .reverse import reverse_step, reverse_step_reference, reverse_step_triton
+from .reverse import REVERSE_STEP, reverse_step, reverse_step_reference, reverse_step_triton
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        DRAW_TIMESTEPS,
+        DRAW_NORMAL,
+        ADD_NOISE,
+        DIFFUSION_LOSS,
+        DIFFUSION_LOSS_AND_GRAD,
+        REVERSE_STEP,
+        DROPOUT,
+    )
+}
 
 __all__ = [
+    "OPS",
     "STREAM_VERSION",
     "TARGETS",
+    "Case",
+    "Op",
     "Stream",
     "add_noise",
     "add_noise_reference",
@@ -45,7 +66,8 @@ __all__ = [
     "draw_timesteps_reference",
     "draw_timesteps_triton",
     "dropout",
-    "dropout_mask_reference",
+    "dropout_reference",
+    "dropout_triton",
     "philox_words",
     "reverse_step",
     "reverse_step_reference",

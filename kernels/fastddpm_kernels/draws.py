@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ._dispatch import check_per_sample, resolve_impl
 from ._triton import interpreting, tl, triton
-from .launch import LAUNCH, seed_words, signed_word, tiles_of
+from .launch import LAUNCH, on_device, seed_words, signed_word, tiles_of
+from .ops import Case, Kwargs, Op, example_ordinals
 from .philox import MASK, Stream, normals_reference, philox_grid, split_ordinals, split_seed, stream_tag
-
 from .tiles import TWO_LN_2, normals, philox, split_ordinal, store_group
 
 TIMESTEP_TAG = tl.constexpr(stream_tag(Stream.TIMESTEP))
@@ -116,16 +116,17 @@ def draw_timesteps_triton(ordinals: Tensor, num_timesteps: int, *, seed: int) ->
     flip = torch.empty(num_samples, dtype=torch.bool, device=ordinals.device)
     if num_samples:
         block = 1 << (num_samples - 1).bit_length() if interpreting() else 128
-        _draw_timesteps_kernel[(-(-num_samples // block),)](
-            ordinals.contiguous(),
-            t,
-            flip.view(torch.uint8),
-            num_samples,
-            signed_word(num_timesteps),
-            *seed_words(seed),
-            BLOCK=block,
-            **LAUNCH,
-        )
+        with on_device(t):
+            _draw_timesteps_kernel[(-(-num_samples // block),)](
+                ordinals.contiguous(),
+                t,
+                flip.view(torch.uint8),
+                num_samples,
+                signed_word(num_timesteps),
+                *seed_words(seed),
+                BLOCK=block,
+                **LAUNCH,
+            )
     return t, flip
 
 
@@ -195,16 +196,17 @@ def draw_normal_triton(
     if out.numel() == 0:
         return out
     cut = tiles_of(out, out.element_size())
-    _draw_normal_kernel[(out.shape[0] * cut.TILES,)](
-        ordinals.contiguous(),
-        out,
-        signed_word(step or 0),
-        signed_word(int(stream)),
-        *seed_words(seed),
-        **cut.constants(),
-        HAS_STEP=step is not None,
-        **LAUNCH,
-    )
+    with on_device(out):
+        _draw_normal_kernel[(out.shape[0] * cut.TILES,)](
+            ordinals.contiguous(),
+            out,
+            signed_word(step or 0),
+            signed_word(int(stream)),
+            *seed_words(seed),
+            **cut.constants(),
+            HAS_STEP=step is not None,
+            **LAUNCH,
+        )
     return out
 
 
@@ -272,3 +274,38 @@ def _(
         device=ordinals.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+def _example_timesteps(case: Case) -> Kwargs:
+    return {"ordinals": example_ordinals(case), "num_timesteps": 1000, "seed": 2**62 + case.seed}
+
+
+def _example_normal(case: Case) -> Kwargs:
+    return {
+        "ordinals": example_ordinals(case),
+        "shape": case.shape[1:],
+        "seed": 2**62 + case.seed,
+        "stream": stream_tag(Stream.Z if case.variant == "z" else Stream.X_T),
+        "step": 999 if case.variant == "z" else None,
+        "channels_last": case.channels_last,
+        "dtype": case.dtype,
+    }
+
+
+DRAW_TIMESTEPS = Op(
+    "draw_timesteps",
+    draw_timesteps,
+    draw_timesteps_reference,
+    draw_timesteps_triton,
+    _example_timesteps,
+    ("",),
+)
+DRAW_NORMAL = Op(
+    "draw_normal",
+    draw_normal,
+    draw_normal_reference,
+    draw_normal_triton,
+    _example_normal,
+    ("x_T", "z"),
+    (torch.float32, torch.bfloat16, torch.float16),
+)

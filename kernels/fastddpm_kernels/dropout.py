@@ -1,4 +1,4 @@
-"""dropout: masks addressed by (seed, layer, sample, element), so that they survive restarts and any number of processes.
+"""dropout: masks addressed by (seed, layer, sample, element), which survive restarts and any number of processes.
 
 One counter serves 8 elements: c0 = e // 8, half-word k = e % 8 is word k // 2 (low 16 bits if k is even, else high);
 an element is kept where its half-word >= round(p 65536), and kept values are scaled by the exact kept share.
@@ -9,50 +9,102 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import check_images, check_per_sample, is_channels_last
+from ._dispatch import check_images, check_per_sample, is_channels_last, resolve_impl
+from ._triton import interpreting, tl, triton
+from .launch import LAUNCH, on_device, seed_words, signed_word
+from .ops import Case, Kwargs, Op, example_floats, example_ordinals
 from .philox import CHUNK_QUADS, Stream, philox_grid, split_ordinals, split_seed, stream_tag
+from .tiles import join_4, philox, split_ordinal
 
 HALVES = 65536
 
 
-def dropout(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int) -> Tensor:
+@triton.jit(do_not_specialize=["threshold", "tag", "seed_low", "seed_high"])
+def _dropout_mask_kernel(
+    ordinals_ptr,  # [N] int64
+    keep_ptr,  # [N, D] uint8, memory order CHANNELS_LAST or not
+    threshold,
+    tag,
+    seed_low,
+    seed_high,
+    C: tl.constexpr,
+    PLANE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    tile = tl.program_id(0) % TILES
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    c1, c2 = split_ordinal(tl.load(ordinals_ptr + n))
+    c3 = tag.to(tl.uint32, bitcast=True)
+    key_0 = seed_low.to(tl.uint32, bitcast=True)
+    key_1 = seed_high.to(tl.uint32, bitcast=True)
+    counters = tile * BLOCK + tl.arange(0, BLOCK)
+    word_0, word_1, word_2, word_3 = philox(counters.to(tl.uint32), c1, c2, c3, key_0, key_1)
+    words = join_4(word_0, word_1, word_2, word_3, BLOCK)
+    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK, 8)).to(tl.int32)
+    elements = counters[:, None] * 8 + tl.arange(0, 8)[None, :]
+    mask = elements < C * PLANE
+    offs = elements if CHANNELS_LAST else (elements % C) * PLANE + elements // C
+    keep_ptr += n * (C * PLANE)
+    tl.store(keep_ptr + offs, (halves >= threshold).to(tl.uint8), mask=mask)
+
+
+def dropout(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int, impl: str | None = None) -> Tensor:
     """Zero each element of x with probability round(p 65536) / 65536 and scale the rest to keep the mean.
 
     x [N, C, H, W] floating point; elements are counted in H, W, C order whatever the memory format. p in [0, 1);
     ordinals int64 [N] on x's device; layer: the index of the dropout layer, 0 to 65535. Differentiable in x (the mask
-    is kept, one byte an element). Returns x's dtype and memory format.
-    Raises ValueError or TypeError for arguments out of shape or range.
+    is kept, one byte an element). Returns x's dtype and memory format. With p = 0 it returns x itself. impl says how
+    the mask is drawn. Raises ValueError or TypeError for arguments out of shape or range.
     """
     check_images("x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
     check_per_sample("ordinals", ordinals, x.shape[0], torch.int64, x.device)
     split_seed(seed)
     threshold = dropout_threshold(p)
     if threshold == 0:
         return x
-    keep = _dropout_mask_op(ordinals, list(x.shape[1:]), threshold, layer, seed, is_channels_last(x))
-    return torch.where(keep, x * (HALVES / (HALVES - threshold)), 0.0)
+    tag, impl = stream_tag(Stream.DROPOUT, layer), resolve_impl(impl, x.device)
+    keep = _dropout_mask_op(ordinals, list(x.shape[1:]), threshold, tag, seed, is_channels_last(x), impl)
+    return _apply(x, keep, threshold)
+
+
+def dropout_reference(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int) -> Tensor:
+    """`dropout` in plain torch."""
+    shape, threshold, tag = (x.shape[1], x.shape[2], x.shape[3]), dropout_threshold(p), stream_tag(4, layer)
+    return _apply(x, _mask_reference(ordinals, shape, threshold, tag, seed, is_channels_last(x)), threshold)
+
+
+def dropout_triton(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int) -> Tensor:
+    """`dropout` with its mask drawn by one Triton launch."""
+    shape, threshold, tag = (x.shape[1], x.shape[2], x.shape[3]), dropout_threshold(p), stream_tag(4, layer)
+    return _apply(x, _launch_mask(ordinals, shape, threshold, tag, seed, is_channels_last(x)), threshold)
 
 
 def dropout_threshold(p: float) -> int:
-    """round(p 65536), the half-words below which elements are dropped. Raises ValueError unless 0 <= p < 1."""
+    """round(p 65536): half-words below it drop their element. Raises ValueError unless it is in [0, 65536)."""
     threshold = round(p * HALVES) if 0.0 <= p < 1.0 else HALVES
     if threshold >= HALVES:
         raise ValueError(f"dropout probability must be in [0, 1), got {p}")
     return threshold
 
 
-def dropout_mask_reference(
-    ordinals: Tensor, shape: tuple[int, int, int], threshold: int, *, layer: int, seed: int, channels_last: bool
+def _apply(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    return torch.where(keep, x, 0.0).mul_(HALVES / (HALVES - threshold))
+
+
+def _mask_reference(
+    ordinals: Tensor, shape: tuple[int, int, int], threshold: int, tag: int, seed: int, channels_last: bool
 ) -> Tensor:
-    """The mask of kept elements, bool [N, C, H, W] for shape (C, H, W), in plain torch."""
-    if ordinals.device.type == "mps":  # int64 products are slow there, and the words must agree bit for bit
-        mask = dropout_mask_reference(
-            ordinals.cpu(), shape, threshold, layer=layer, seed=seed, channels_last=channels_last
-        )
-        return mask.to(ordinals.device)
+    """The kept elements, bool [N, C, H, W] for shape (C, H, W)."""
+    if ordinals.device.type == "mps":  # the words must agree bit for bit: made where int64 products are known to
+        return _mask_reference(ordinals.cpu(), shape, threshold, tag, seed, channels_last).to(ordinals.device)
     num_channels, height, width = shape
     num_samples, num_elements = ordinals.shape[0], num_channels * height * width
     num_counters = -(-num_elements // 8)
+    key = split_seed(seed)
     c1, c2 = split_ordinals(ordinals)
     keep = torch.empty(num_samples, num_counters, 8, dtype=torch.bool, device=ordinals.device)
     counters_step = max(1, min(num_counters, CHUNK_QUADS))
@@ -61,36 +113,86 @@ def dropout_mask_reference(
         counters = torch.arange(counter, min(counter + counters_step, num_counters), device=ordinals.device)
         for sample in range(0, num_samples, samples_step):
             samples = slice(sample, sample + samples_step)
-            even, odd = philox_grid(
-                split_seed(seed), counters, c1[samples], c2[samples], stream_tag(Stream.DROPOUT, layer)
-            )
+            even, odd = philox_grid(key, counters, c1[samples], c2[samples], tag)
             block = keep[samples, counter : counter + counters_step]
             size = block.shape[0] * block.shape[1]
             for word, row in ((0, even[0]), (1, odd[1]), (2, even[1]), (3, odd[0])):
-                # int32 halves of the little-endian word: [..., 0] the low 16 bits, [..., 1] the high ones.
+                # A little-endian int64 read as int16: the word's low half, its high half, and two zeros.
                 halves = row[:size].view(torch.int16).view(*block.shape[:2], 4)[..., :2].to(torch.int32)
                 torch.ge(halves.bitwise_and_(HALVES - 1), threshold, out=block[..., 2 * word : 2 * word + 2])
-    images = keep.view(num_samples, -1)[:, :num_elements].reshape(num_samples, height, width, num_channels)
-    return images.permute(0, 3, 1, 2).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    images = keep.view(num_samples, num_counters * 8)[:, :num_elements]
+    images = images.reshape(num_samples, height, width, num_channels).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@torch.library.custom_op("fastddpm_kernels::dropout_mask", mutates_args=())
-def _dropout_mask_op(
-    ordinals: Tensor, shape: list[int], threshold: int, layer: int, seed: int, channels_last: bool
+def _launch_mask(
+    ordinals: Tensor, shape: tuple[int, int, int], threshold: int, tag: int, seed: int, channels_last: bool
 ) -> Tensor:
-    num_channels, height, width = shape
-    return dropout_mask_reference(
-        ordinals, (num_channels, height, width), threshold, layer=layer, seed=seed, channels_last=channels_last
-    )
+    """`_mask_reference` as one Triton launch."""
+    keep = _empty_mask(ordinals, shape, channels_last)
+    if keep.numel() == 0:
+        return keep
+    plane = shape[1] * shape[2]
+    num_counters = -(-shape[0] * plane // 8)
+    block = 1 << (num_counters - 1).bit_length() if interpreting() else 64
+    num_tiles = -(-num_counters // block)
+    with on_device(keep):
+        _dropout_mask_kernel[(ordinals.shape[0] * num_tiles,)](
+            ordinals.contiguous(),
+            keep.view(torch.uint8),
+            threshold,
+            signed_word(tag),
+            *seed_words(seed),
+            C=shape[0],
+            PLANE=plane,
+            CHANNELS_LAST=channels_last,
+            BLOCK=block,
+            TILES=num_tiles,
+            **LAUNCH,
+        )
+    return keep
 
 
-@_dropout_mask_op.register_fake
-def _(ordinals: Tensor, shape: list[int], threshold: int, layer: int, seed: int, channels_last: bool) -> Tensor:
+def _empty_mask(ordinals: Tensor, shape: tuple[int, int, int], channels_last: bool) -> Tensor:
     return torch.empty(
         (ordinals.shape[0], *shape),
         dtype=torch.bool,
         device=ordinals.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+@torch.library.custom_op("fastddpm_kernels::dropout_mask", mutates_args=())
+def _dropout_mask_op(
+    ordinals: Tensor, shape: list[int], threshold: int, tag: int, seed: int, channels_last: bool, impl: str
+) -> Tensor:
+    function = _launch_mask if impl == "triton" else _mask_reference
+    return function(ordinals, (shape[0], shape[1], shape[2]), threshold, tag, seed, channels_last)
+
+
+@_dropout_mask_op.register_fake
+def _(
+    ordinals: Tensor, shape: list[int], threshold: int, tag: int, seed: int, channels_last: bool, impl: str
+) -> Tensor:
+    return _empty_mask(ordinals, (shape[0], shape[1], shape[2]), channels_last)
+
+
+def _example(case: Case) -> Kwargs:
+    return {
+        "x": example_floats(case),
+        "p": 0.1 if case.variant == "p=0.1" else 0.5,
+        "ordinals": example_ordinals(case),
+        "layer": 21,
+        "seed": 2**62 + case.seed,
+    }
+
+
+DROPOUT = Op(
+    "dropout",
+    dropout,
+    dropout_reference,
+    dropout_triton,
+    _example,
+    ("p=0.1", "p=0.5"),
+    (torch.float32, torch.bfloat16, torch.float16),
+)

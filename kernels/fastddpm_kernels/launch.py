@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +75,8 @@ def tiles(
             break
     group = pixels * num_channels if pixels > 1 else 4
     num_groups = -(-size // group)
-    if interpreter:
-        groups = INTERPRETER_GROUPS or 1 << max(0, num_groups - 1).bit_length()
-    else:
-        groups = threads
+    whole = 1 << max(0, num_groups - 1).bit_length()
+    groups = (INTERPRETER_GROUPS or whole) if interpreter else threads
     num_blocks = max(1, -(-num_groups // groups))
     unroll = _largest_divisor(num_blocks, ELEMENTS_PER_PASS // group)
     blocks = _largest_divisor(num_blocks // unroll, ELEMENTS_PER_THREAD // (group * unroll))
@@ -128,6 +127,13 @@ def seed_words(seed: int) -> tuple[int, int]:
     """The Philox key as two signed words."""
     low, high = split_seed(seed)
     return signed_word(low), signed_word(high)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes x's device the current one, where Triton launches."""
+    if x.device.type == "cuda":
+        return torch.cuda.device(x.device)
+    return torch.xpu.device(x.device) if x.device.type == "xpu" else nullcontext()
 
 
 # Options of every launch. Fusion is explicit: Triton 3.10 turns it off, and the last bits depend on it.

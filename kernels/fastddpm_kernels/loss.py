@@ -9,189 +9,11 @@ import torch
 from torch import Tensor
 
 from ._dispatch import check_images, check_per_sample, compute_dtype, memory_format, resolve_impl
-from ._triton import tl, triton
-from .launch import LAUNCH, seed_words, tiles_of
-from .noising import EPS_TAG, check_noise_arguments, eps_of, input_kind, input_scale, normalised
-from .tiles import TWO_LN_2, load_group, normals, split_ordinal, store_group
+from .loss_kernel import launch_diffusion_loss
+from .noising import check_noise_arguments, eps_of, normalised
+from .ops import Case, Kwargs, Op, example_flip, example_floats, example_images, example_schedule
 
 TARGETS = ("eps", "x_0", "v")
-
-
-@triton.jit
-def _loss_tile(
-    prediction_ptr,  # [D] of one sample
-    x_0_ptr,  # [D]
-    grad_ptr,  # [D]
-    tile,
-    flip,
-    scale,
-    sigma,
-    grad_scale,
-    c1,
-    c2,
-    key_0,
-    key_1,
-    C: tl.constexpr,
-    PLANE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr,
-    FAST: tl.constexpr,
-    X_KIND: tl.constexpr,
-    MIRROR: tl.constexpr,
-    TARGET: tl.constexpr,
-    WITH_GRAD: tl.constexpr,
-):
-    """Sum of squared errors of a tile; writes the gradient."""
-    SIZE: tl.constexpr = 4 if PIXELS == 1 else PIXELS * C
-    # error = prediction + sigma x_0 - scale eps for v, prediction - x_0 for x_0, prediction - eps for eps.
-    factor, offset = input_scale(sigma if TARGET == "v" else -1.0 + 0.0 * sigma, X_KIND)
-    total = tl.zeros((GROUPS,), tl.float32)
-    for block in range(BLOCKS):
-        first = (tile * BLOCKS + block) * UNROLL * GROUPS
-        # Loads first: the compiler may not move them above the stores of an earlier group.
-        error = ()
-        for i in tl.static_range(UNROLL):
-            groups = first + i * GROUPS + tl.arange(0, GROUPS)
-            error = error + load_group(
-                prediction_ptr, groups, groups * SIZE < C * PLANE, 0,
-                C, PLANE, WIDTH, PIXELS, LAYOUT, False, False, GROUPS, EVEN,
-            )  # fmt: skip
-        x = ()
-        if TARGET != "eps":
-            for i in tl.static_range(UNROLL):
-                groups = first + i * GROUPS + tl.arange(0, GROUPS)
-                x = x + load_group(
-                    x_0_ptr, groups, groups * SIZE < C * PLANE, flip,
-                    C, PLANE, WIDTH, PIXELS, LAYOUT, MIRROR, X_KIND == "bytes", GROUPS, EVEN,
-                )  # fmt: skip
-        for i in tl.static_range(UNROLL):
-            groups = first + i * GROUPS + tl.arange(0, GROUPS)
-            mask = groups * SIZE < C * PLANE
-            if TARGET != "x_0":
-                variance = scale * scale if TARGET == "v" else 1.0
-                noise = normals(groups, c1, c2, EPS_TAG, key_0, key_1, TWO_LN_2 * variance, SIZE // 4, FAST)
-            grad = ()
-            # Four sums in turn, so that an addition need not wait for the one before.
-            squares_0 = tl.zeros((GROUPS,), tl.float32)
-            squares_1 = tl.zeros((GROUPS,), tl.float32)
-            squares_2 = tl.zeros((GROUPS,), tl.float32)
-            squares_3 = tl.zeros((GROUPS,), tl.float32)
-            for k in tl.static_range(SIZE):
-                difference = error[i * SIZE + k]
-                if TARGET != "eps":
-                    difference = difference + (x[i * SIZE + k] * factor + offset)
-                if TARGET != "x_0":
-                    difference = difference - noise[k]
-                if PIXELS == 1:
-                    difference = tl.where(groups * 4 + k < C * PLANE, difference, 0.0)
-                elif not EVEN:
-                    difference = tl.where(mask, difference, 0.0)
-                if k % 4 == 0:
-                    squares_0 += difference * difference
-                elif k % 4 == 1:
-                    squares_1 += difference * difference
-                elif k % 4 == 2:
-                    squares_2 += difference * difference
-                else:
-                    squares_3 += difference * difference
-                if WITH_GRAD:
-                    grad = grad + (difference * grad_scale,)
-            total += (squares_0 + squares_1) + (squares_2 + squares_3)
-            if WITH_GRAD:
-                store_group(grad_ptr, groups, mask, grad, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
-    return tl.sum(total, 0)
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
-def _diffusion_loss_kernel(
-    prediction_ptr,  # [N, D], memory order LAYOUT
-    x_0_ptr,  # [N, D], the same order; not read if TARGET is "eps"
-    grad_ptr,  # [N, D], the same order; written if WITH_GRAD
-    sums_ptr,  # [N, TILES]; written if WITH_LOSSES
-    t_ptr,  # [N] int64
-    ordinals_ptr,  # [N] int64
-    sqrt_alpha_bar_ptr,  # [T]
-    sqrt_one_minus_alpha_bar_ptr,  # [T]
-    flip_ptr,  # [N] uint8, read if FLIP
-    weights_ptr,  # [N], read if WEIGHTED
-    grad_scale_ptr,  # [1], or [N] if SCALE_PER_SAMPLE; read if WITH_GRAD
-    seed_low,
-    seed_high,
-    C: tl.constexpr,
-    PLANE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
-    EVEN: tl.constexpr,
-    FAST: tl.constexpr,
-    X_KIND: tl.constexpr,
-    FLIP: tl.constexpr,
-    TARGET: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
-    WITH_LOSSES: tl.constexpr,
-    WITH_GRAD: tl.constexpr,
-):
-    SIZE: tl.constexpr = C * PLANE
-    tile = tl.program_id(0) % TILES
-    n = (tl.program_id(0) // TILES).to(tl.int64)
-    t = tl.load(t_ptr + n)
-    c1, c2 = split_ordinal(tl.load(ordinals_ptr + n))
-    scale = tl.load(sqrt_alpha_bar_ptr + t)
-    sigma = tl.load(sqrt_one_minus_alpha_bar_ptr + t)
-    weight = tl.load(weights_ptr + n) / SIZE if WEIGHTED else 1.0 / SIZE
-    grad_scale = 0.0
-    if WITH_GRAD:
-        grad_scale = tl.load(grad_scale_ptr + (n if SCALE_PER_SAMPLE else 0)) * (2.0 * weight)
-    key_0 = seed_low.to(tl.uint32, bitcast=True)
-    key_1 = seed_high.to(tl.uint32, bitcast=True)
-    prediction_ptr += n * SIZE
-    x_0_ptr += n * SIZE
-    grad_ptr += n * SIZE
-    flip = tl.load(flip_ptr + n).to(tl.int32) if FLIP else 0
-    if FLIP and PIXELS > 1:
-        if flip != 0:
-            total = _loss_tile(
-                prediction_ptr, x_0_ptr, grad_ptr, tile, 1, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-                C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST, X_KIND, True, TARGET, WITH_GRAD,
-            )  # fmt: skip
-        elif LAYOUT == "nhwc":
-            total = _loss_tile(
-                prediction_ptr, x_0_ptr, grad_ptr, tile, 0, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-                1, SIZE, SIZE, PIXELS, LAYOUT, GROUPS, UNROLL * C, BLOCKS, EVEN, FAST, X_KIND, False, TARGET, WITH_GRAD,
-            )  # fmt: skip
-        else:
-            total = _loss_tile(
-                prediction_ptr, x_0_ptr, grad_ptr, tile, 0, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-                C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST, X_KIND, False, TARGET, WITH_GRAD,
-            )  # fmt: skip
-    else:
-        total = _loss_tile(
-            prediction_ptr, x_0_ptr, grad_ptr, tile, flip, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-            C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST, X_KIND, False, TARGET, WITH_GRAD,
-        )  # fmt: skip
-    if WITH_LOSSES:
-        tl.store(sums_ptr + n * TILES + tile, total * weight)
-
-
-@triton.jit
-def _sum_tiles_kernel(sums_ptr, losses_ptr, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """losses[n] = sum of sums[n, :], in an order that the number of samples has no part in."""
-    n = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, TILES, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        total += tl.load(sums_ptr + n * TILES + offs, mask=offs < TILES, other=0.0)
-    tl.store(losses_ptr + n, tl.sum(total, 0))
 
 
 def diffusion_loss(
@@ -215,13 +37,10 @@ def diffusion_loss(
     Differentiable in prediction, once. A sample's loss does not depend on its batch. `diffusion_loss_and_grad` gives
     the gradient in the same pass over the data. Raises ValueError or TypeError for arguments out of shape or dtype.
     """
-    x_0, flip = _check(
-        prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip, weights
-    )
+    tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
+    x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
     impl = resolve_impl(impl, prediction.device)
-    return _diffusion_loss_op(
-        prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip, weights, impl
-    )
+    return _diffusion_loss_op(prediction, t, ordinals, *tables, None, seed, target, x_0, flip, weights, True, impl)[0]
 
 
 def diffusion_loss_and_grad(
@@ -246,27 +65,11 @@ def diffusion_loss_and_grad(
     dtype and memory format: root the backward at the prediction with it, `torch.autograd.backward(prediction, grad)`.
     Neither result carries a gradient. Raises ValueError or TypeError for arguments out of shape or dtype.
     """
-    x_0, flip = _check(
-        prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip, weights
-    )
+    tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
+    x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
     impl = resolve_impl(impl, prediction.device)
-    scale = torch.as_tensor(grad_scale, dtype=compute_dtype(prediction), device=prediction.device)
-    if scale.numel() != 1:
-        raise ValueError(f"grad_scale must hold one element, got shape {tuple(scale.shape)}")
-    return _diffusion_loss_and_grad_op(
-        prediction.detach(),
-        t,
-        ordinals,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        scale.reshape(1),
-        seed,
-        target,
-        x_0,
-        flip,
-        weights,
-        impl,
-    )
+    scale, prediction = _scale_tensor(grad_scale, prediction), prediction.detach()
+    return _diffusion_loss_op(prediction, t, ordinals, *tables, scale, seed, target, x_0, flip, weights, True, impl)
 
 
 def diffusion_loss_reference(
@@ -282,45 +85,10 @@ def diffusion_loss_reference(
     flip: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """`diffusion_loss` in plain torch, differentiable by autograd (tests compare the ops' gradients with it)."""
-    goal = _target_of(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip)
+    """`diffusion_loss` in plain torch, differentiable by autograd: what the ops' own gradients are tested against."""
+    goal = _goal(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip)
     losses = (prediction.to(goal.dtype) - goal).square().mean(dim=(1, 2, 3))
     return losses if weights is None else losses * weights
-
-
-def diffusion_loss_and_grad_reference(
-    prediction: Tensor,
-    t: Tensor,
-    ordinals: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    *,
-    seed: int,
-    grad_scale: Tensor | float,
-    target: str = "eps",
-    x_0: Tensor | None = None,
-    flip: Tensor | None = None,
-    weights: Tensor | None = None,
-    with_losses: bool = True,
-    with_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`diffusion_loss_and_grad` in plain torch. grad_scale: one element, or [N] with one scale per sample.
-
-    The sum over a sample is a fixed tree, so it is bitwise the same in any batch. A result that is not asked for is
-    an empty tensor. Computes in float64 when an input is float64.
-    """
-    goal = _target_of(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip)
-    work, num_samples = goal.dtype, prediction.shape[0]
-    num_elements = prediction[0].numel() if num_samples else 1
-    error = torch.sub(prediction.detach(), goal, out=goal)
-    weight = torch.ones((), dtype=work, device=goal.device) if weights is None else weights.to(work)
-    losses, grad = error.new_empty(0), error.new_empty(0, dtype=prediction.dtype)
-    if with_losses:
-        losses = (_tree_sum(error.square()) / num_elements * weight).reshape(num_samples)
-    if with_grad:
-        scale = weight * torch.as_tensor(grad_scale, dtype=work, device=goal.device) * (2.0 / num_elements)
-        grad = error.mul_(scale.expand(num_samples)[:, None, None, None]).to(prediction.dtype)
-    return losses, grad
 
 
 def diffusion_loss_triton(
@@ -336,21 +104,35 @@ def diffusion_loss_triton(
     flip: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The losses of `diffusion_loss` as one Triton launch and a small sum; the gradient is the op's business."""
-    return diffusion_loss_and_grad_triton(
-        prediction,
-        t,
-        ordinals,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        seed=seed,
-        grad_scale=1.0,
-        target=target,
-        x_0=x_0,
-        flip=flip,
-        weights=weights,
-        with_grad=False,
+    """The losses of `diffusion_loss` as one Triton launch and a small sum; carries no gradient of its own."""
+    tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
+    return launch_diffusion_loss(
+        prediction, t, ordinals, *tables, None, seed=seed, target=target, x_0=x_0, flip=flip, weights=weights
     )[0]
+
+
+def diffusion_loss_and_grad_reference(
+    prediction: Tensor,
+    t: Tensor,
+    ordinals: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    *,
+    seed: int,
+    grad_scale: Tensor | float,
+    target: str = "eps",
+    x_0: Tensor | None = None,
+    flip: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`diffusion_loss_and_grad` in plain torch. Computes in float64 when an input is float64.
+
+    The sum over a sample is a fixed tree of additions, so it is bitwise the same in any batch.
+    """
+    tables, scale = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar), _scale_tensor(grad_scale, prediction)
+    return _run_reference(
+        prediction, t, ordinals, *tables, scale, seed=seed, target=target, x_0=x_0, flip=flip, weights=weights
+    )
 
 
 def diffusion_loss_and_grad_triton(
@@ -366,53 +148,57 @@ def diffusion_loss_and_grad_triton(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
-    with_losses: bool = True,
-    with_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`diffusion_loss_and_grad` as one Triton launch and a small sum. grad_scale: one element, or [N]."""
-    num_samples, device = prediction.shape[0], prediction.device
-    format_ = memory_format(prediction)
-    prediction = prediction.detach().contiguous(memory_format=format_)
-    losses = torch.zeros(num_samples if with_losses else 0, dtype=torch.float32, device=device)
-    grad = prediction.new_empty(0)
-    if with_grad:
-        grad = torch.empty(prediction.shape, dtype=prediction.dtype, device=device, memory_format=format_)
-    if prediction.numel() == 0:
-        return losses, grad
-    x = prediction if x_0 is None else x_0.contiguous(memory_format=format_)
-    scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=device).contiguous() if with_grad else losses
-    cut = tiles_of(prediction, max(prediction.element_size(), x.element_size()), flip=flip is not None)
-    sums = torch.empty(num_samples, cut.TILES, device=device) if with_losses and cut.TILES > 1 else losses
-    _diffusion_loss_kernel[(num_samples * cut.TILES,)](
-        prediction,
-        x,
-        grad,
-        sums,
-        t.contiguous(),
-        ordinals.contiguous(),
-        sqrt_alpha_bar.contiguous(),
-        sqrt_one_minus_alpha_bar.contiguous(),
-        t if flip is None else flip.contiguous().view(torch.uint8),
-        losses if weights is None else weights.to(torch.float32).contiguous(),
-        scale,
-        *seed_words(seed),
-        **cut.constants(),
-        X_KIND=input_kind(x, cut.PIXELS, cut.FAST),
-        FLIP=flip is not None,
-        TARGET=target,
-        WEIGHTED=weights is not None,
-        SCALE_PER_SAMPLE=scale.numel() > 1,
-        WITH_LOSSES=with_losses,
-        WITH_GRAD=with_grad,
-        **LAUNCH,
+    """`diffusion_loss_and_grad` as one Triton launch and a small sum."""
+    tables, scale = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar), _scale_tensor(grad_scale, prediction)
+    return launch_diffusion_loss(
+        prediction, t, ordinals, *tables, scale, seed=seed, target=target, x_0=x_0, flip=flip, weights=weights
     )
-    if sums is not losses:
-        block = min(1024, 1 << (cut.TILES - 1).bit_length())
-        _sum_tiles_kernel[(num_samples,)](sums, losses, TILES=cut.TILES, BLOCK=block, **LAUNCH)
+
+
+def _scale_tensor(grad_scale: Tensor | float, prediction: Tensor) -> Tensor:
+    """grad_scale as a tensor [1] on prediction's device; a float becomes a fill, not a copy from the host."""
+    if not isinstance(grad_scale, Tensor):
+        return torch.full((1,), grad_scale, dtype=compute_dtype(prediction), device=prediction.device)
+    if grad_scale.numel() != 1 or grad_scale.device != prediction.device:
+        raise ValueError(
+            f"grad_scale must hold one element on {prediction.device}, got shape {tuple(grad_scale.shape)} "
+            f"on {grad_scale.device}"
+        )
+    return grad_scale.detach().reshape(1)
+
+
+def _run_reference(
+    prediction: Tensor,
+    t: Tensor,
+    ordinals: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    grad_scale: Tensor | None,
+    *,
+    seed: int,
+    target: str,
+    x_0: Tensor | None,
+    flip: Tensor | None,
+    weights: Tensor | None,
+    with_losses: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What `launch_diffusion_loss` computes, in plain torch."""
+    goal = _goal(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip)
+    work, num_samples = goal.dtype, prediction.shape[0]
+    num_elements = max(1, prediction.shape[1:].numel())
+    error = torch.sub(prediction.detach().to(work), goal, out=goal)
+    weight = torch.ones((), dtype=work, device=goal.device) if weights is None else weights.to(work)
+    losses, grad = error.new_empty(0), prediction.new_empty(0)
+    if with_losses:
+        losses = (_tree_sum(error) / num_elements * weight).reshape(num_samples)
+    if grad_scale is not None:
+        scale = weight * grad_scale.to(goal.device, work) * (2.0 / num_elements)
+        grad = error.mul_(scale.expand(num_samples)[:, None, None, None]).to(prediction.dtype)
     return losses, grad
 
 
-def _target_of(
+def _goal(
     prediction: Tensor,
     t: Tensor,
     ordinals: Tensor,
@@ -435,17 +221,15 @@ def _target_of(
     return eps_of(prediction, ordinals, seed, work).mul_(scale).sub_(x.mul_(sigma))
 
 
-def _tree_sum(x: Tensor) -> Tensor:
-    """Sums [N] over all but the first axis by halving; overwrites x. Additions alone, in an order set by the size."""
-    rows = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+def _tree_sum(error: Tensor) -> Tensor:
+    """Sums [N] of the squares of error [N, C, H, W] by halving: additions alone, in an order that the size sets."""
+    rows = error.square().permute(0, 2, 3, 1).reshape(error.shape[0], -1)
     size = rows.shape[1]
-    if size == 0:
-        return rows.sum(1)
     while size > 1:
         half = (size + 1) // 2
         rows[:, : size - half] += rows[:, half:size]
         size = half
-    return rows[:, 0]
+    return rows.sum(1) if size == 0 else rows[:, 0]
 
 
 def _check(
@@ -488,28 +272,31 @@ def _diffusion_loss_op(
     ordinals: Tensor,
     sqrt_alpha_bar: Tensor,
     sqrt_one_minus_alpha_bar: Tensor,
+    grad_scale: Tensor | None,
     seed: int,
     target: str,
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    with_losses: bool,
     impl: str,
-) -> Tensor:
-    function = diffusion_loss_and_grad_triton if impl == "triton" else diffusion_loss_and_grad_reference
+) -> tuple[Tensor, Tensor]:
+    """Losses [N] and the gradient; one that is not asked for (no losses, no grad_scale) is an empty tensor."""
+    function = launch_diffusion_loss if impl == "triton" else _run_reference
     return function(
         prediction,
         t,
         ordinals,
         sqrt_alpha_bar,
         sqrt_one_minus_alpha_bar,
+        grad_scale,
         seed=seed,
-        grad_scale=1.0,
         target=target,
         x_0=x_0,
         flip=flip,
         weights=weights,
-        with_grad=False,
-    )[0]
+        with_losses=with_losses,
+    )
 
 
 @_diffusion_loss_op.register_fake
@@ -519,134 +306,72 @@ def _(
     ordinals: Tensor,
     sqrt_alpha_bar: Tensor,
     sqrt_one_minus_alpha_bar: Tensor,
+    grad_scale: Tensor | None,
     seed: int,
     target: str,
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    with_losses: bool,
     impl: str,
-) -> Tensor:
-    return prediction.new_empty(prediction.shape[0], dtype=compute_dtype(prediction, x_0, sqrt_alpha_bar))
-
-
-@torch.library.custom_op("fastddpm_kernels::diffusion_loss_backward", mutates_args=())
-def _diffusion_loss_backward_op(
-    upstream: Tensor,
-    prediction: Tensor,
-    t: Tensor,
-    ordinals: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    seed: int,
-    target: str,
-    x_0: Tensor | None,
-    flip: Tensor | None,
-    weights: Tensor | None,
-    impl: str,
-) -> Tensor:
-    function = diffusion_loss_and_grad_triton if impl == "triton" else diffusion_loss_and_grad_reference
-    return function(
-        prediction,
-        t,
-        ordinals,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        seed=seed,
-        grad_scale=upstream,
-        target=target,
-        x_0=x_0,
-        flip=flip,
-        weights=weights,
-        with_losses=False,
-    )[1]
-
-
-@_diffusion_loss_backward_op.register_fake
-def _(
-    upstream: Tensor,
-    prediction: Tensor,
-    t: Tensor,
-    ordinals: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    seed: int,
-    target: str,
-    x_0: Tensor | None,
-    flip: Tensor | None,
-    weights: Tensor | None,
-    impl: str,
-) -> Tensor:
-    return torch.empty(
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if impl == "triton" else compute_dtype(prediction, x_0, sqrt_alpha_bar)
+    losses = prediction.new_empty(prediction.shape[0] if with_losses else 0, dtype=dtype)
+    if grad_scale is None:
+        return losses, prediction.new_empty(0)
+    grad = torch.empty(
         prediction.shape, dtype=prediction.dtype, device=prediction.device, memory_format=memory_format(prediction)
     )
+    return losses, grad
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    prediction, t, ordinals, table, sigma_table, seed, target, x_0, flip, weights, impl = inputs
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    prediction, t, ordinals, table, sigma_table, _, seed, target, x_0, flip, weights, _, impl = inputs
     ctx.save_for_backward(prediction, t, ordinals, table, sigma_table, x_0, flip, weights)
     ctx.settings = (seed, target, impl)  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     prediction, t, ordinals, table, sigma_table, x_0, flip, weights = ctx.saved_tensors  # type: ignore[attr-defined]
     seed, target, impl = ctx.settings  # type: ignore[attr-defined]
-    grad = _diffusion_loss_backward_op(
-        upstream, prediction, t, ordinals, table, sigma_table, seed, target, x_0, flip, weights, impl
+    tables = (table, sigma_table)
+    _, grad = _diffusion_loss_op(
+        prediction, t, ordinals, *tables, upstream, seed, target, x_0, flip, weights, False, impl
     )
-    return grad, *[None] * 10
+    return grad, *[None] * 12
 
 
 _diffusion_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("fastddpm_kernels::diffusion_loss_and_grad", mutates_args=())
-def _diffusion_loss_and_grad_op(
-    prediction: Tensor,
-    t: Tensor,
-    ordinals: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    grad_scale: Tensor,
-    seed: int,
-    target: str,
-    x_0: Tensor | None,
-    flip: Tensor | None,
-    weights: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    function = diffusion_loss_and_grad_triton if impl == "triton" else diffusion_loss_and_grad_reference
-    return function(
-        prediction,
-        t,
-        ordinals,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        seed=seed,
-        grad_scale=grad_scale,
-        target=target,
-        x_0=x_0,
-        flip=flip,
-        weights=weights,
-    )
+def _example(case: Case) -> Kwargs:
+    kwargs = {"prediction": example_floats(case), **example_schedule(case)}
+    target, _, rest = case.variant.partition("-")
+    kwargs["target"] = target
+    if target != "eps":
+        kwargs["x_0"] = example_floats(case, torch.float32) if "float" in rest else example_images(case)
+    if "flip" in rest:
+        kwargs["flip"] = example_flip(case)
+    if "weighted" in rest:
+        kwargs["weights"] = (0.5 + torch.rand(case.shape[0], generator=case.generator())).to(case.device)
+    return kwargs
 
 
-@_diffusion_loss_and_grad_op.register_fake
-def _(
-    prediction: Tensor,
-    t: Tensor,
-    ordinals: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    grad_scale: Tensor,
-    seed: int,
-    target: str,
-    x_0: Tensor | None,
-    flip: Tensor | None,
-    weights: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    losses = prediction.new_empty(prediction.shape[0], dtype=compute_dtype(prediction, x_0, sqrt_alpha_bar))
-    grad = torch.empty(
-        prediction.shape, dtype=prediction.dtype, device=prediction.device, memory_format=memory_format(prediction)
-    )
-    return losses, grad
+def _example_with_grad(case: Case) -> Kwargs:
+    return {**_example(case), "grad_scale": torch.tensor(1.7, device=case.device)}
+
+
+VARIANTS = ("eps", "v-flip-weighted", "x_0-float")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIFFUSION_LOSS = Op(
+    "diffusion_loss", diffusion_loss, diffusion_loss_reference, diffusion_loss_triton, _example, VARIANTS, DTYPES
+)
+DIFFUSION_LOSS_AND_GRAD = Op(
+    "diffusion_loss_and_grad",
+    diffusion_loss_and_grad,
+    diffusion_loss_and_grad_reference,
+    diffusion_loss_and_grad_triton,
+    _example_with_grad,
+    VARIANTS,
+    DTYPES,
+)

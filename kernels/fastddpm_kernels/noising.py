@@ -1,5 +1,7 @@
-"""add_noise: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4), eps drawn inside and never stored."""
+"""add_noise: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4); eps is drawn inside, not stored."""
 
+# Tuples grow in unrolled loops, which Triton types and mypy cannot.
+# mypy: disable-error-code="assignment, var-annotated"
 from __future__ import annotations
 
 import torch
@@ -8,7 +10,8 @@ from torch import Tensor
 from ._dispatch import check_images, check_per_sample, check_table, compute_dtype, memory_format, resolve_impl
 from ._triton import tl, triton
 from .draws import images_of_normals
-from .launch import LAUNCH, seed_words, tiles_of
+from .launch import LAUNCH, on_device, seed_words, tiles_of
+from .ops import Case, Kwargs, Op, example_flip, example_floats, example_images, example_schedule
 from .philox import Stream, normals_reference, split_ordinals, split_seed, stream_tag
 from .tiles import TWO_LN_2, load_group, normals, split_ordinal, store_group
 
@@ -62,7 +65,7 @@ def _add_noise_tile(
         for i in tl.static_range(UNROLL):
             groups = first + i * GROUPS + tl.arange(0, GROUPS)
             mask = groups * SIZE < C * PLANE
-            x = x + load_group(
+            x += load_group(
                 x_0_ptr, groups, mask, flip, C, PLANE, WIDTH, PIXELS, LAYOUT, MIRROR, X_KIND == "bytes", GROUPS, EVEN
             )
         for i in tl.static_range(UNROLL):
@@ -71,7 +74,7 @@ def _add_noise_tile(
             noise = normals(groups, c1, c2, EPS_TAG, key_0, key_1, TWO_LN_2 * sigma * sigma, SIZE // 4, FAST)
             x_t = ()
             for k in tl.static_range(SIZE):
-                x_t = x_t + ((x[i * SIZE + k] * factor + offset) + noise[k],)
+                x_t += ((x[i * SIZE + k] * factor + offset) + noise[k],)
             store_group(x_t_ptr, groups, mask, x_t, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
 
 
@@ -201,20 +204,21 @@ def add_noise_triton(
     if x_0.numel() == 0:
         return x_t
     cut = tiles_of(x_0, max(x_0.element_size(), x_t.element_size()), flip=flip is not None)
-    _add_noise_kernel[(x_0.shape[0] * cut.TILES,)](
-        x_0,
-        x_t,
-        t.contiguous(),
-        ordinals.contiguous(),
-        sqrt_alpha_bar.contiguous(),
-        sqrt_one_minus_alpha_bar.contiguous(),
-        t if flip is None else flip.contiguous().view(torch.uint8),
-        *seed_words(seed),
-        **cut.constants(),
-        X_KIND=input_kind(x_0, cut.PIXELS, cut.FAST),
-        FLIP=flip is not None,
-        **LAUNCH,
-    )
+    with on_device(x_t):
+        _add_noise_kernel[(x_0.shape[0] * cut.TILES,)](
+            x_0,
+            x_t,
+            t.contiguous(),
+            ordinals.contiguous(),
+            sqrt_alpha_bar.contiguous(),
+            sqrt_one_minus_alpha_bar.contiguous(),
+            t if flip is None else flip.contiguous().view(torch.uint8),
+            *seed_words(seed),
+            **cut.constants(),
+            X_KIND=input_kind(x_0, cut.PIXELS, cut.FAST),
+            FLIP=flip is not None,
+            **LAUNCH,
+        )
     return x_t
 
 
@@ -296,3 +300,26 @@ def _(
     impl: str,
 ) -> Tensor:
     return torch.empty(x_0.shape, dtype=dtype, device=x_0.device, memory_format=memory_format(x_0))
+
+
+def _example(case: Case) -> Kwargs:
+    is_float = case.variant.startswith("float")
+    kwargs = {
+        "x_0": example_floats(case) if is_float else example_images(case),
+        **example_schedule(case),
+        "dtype": case.dtype,
+    }
+    if "flip" in case.variant:
+        kwargs["flip"] = example_flip(case)
+    return kwargs
+
+
+ADD_NOISE = Op(
+    "add_noise",
+    add_noise,
+    add_noise_reference,
+    add_noise_triton,
+    _example,
+    ("uint8", "uint8-flip", "float-flip"),
+    (torch.float32, torch.bfloat16, torch.float16),
+)

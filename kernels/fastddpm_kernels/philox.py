@@ -86,8 +86,8 @@ def philox_words(
 def philox_grid(key: tuple[int, int], quads: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int) -> tuple[Tensor, Tensor]:
     """Words of every (sample, quad), the work-horse of the references: in place and few torch calls.
 
-    quads [q], c1 and c2 [n], all int64; c3 an int or int64 [q]. Returns (even, odd), int64 [2, m] with m = n q rounded up to PAD, samples
-    outermost: even = words 0 and 2, odd = words 3 and 1 (the order in which the rounds leave them).
+    quads [q], c1 and c2 [n], all int64; c3 an int or int64 [q]. Returns (even, odd), int64 [2, m] with m = n q rounded
+    up to PAD, samples outermost: even = words 0 and 2, odd = words 3 and 1 (the order in which the rounds leave them).
     """
     n, q = c1.shape[0], quads.shape[0]
     padded = -(n * q) % PAD + n * q

@@ -3,6 +3,8 @@
 x_0_hat = clip(A x_t + B prediction, lo, hi);  x_{t-1} = C x_0_hat + E x_t + F z
 """
 
+# Tuples grow in unrolled loops, which Triton types and mypy cannot.
+# mypy: disable-error-code="assignment, var-annotated"
 from __future__ import annotations
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 from ._dispatch import check_images, check_per_sample, compute_dtype, memory_format, resolve_impl
 from ._triton import tl, triton
 from .draws import images_of_normals
-from .launch import LAUNCH, seed_words, tiles_of
+from .launch import LAUNCH, on_device, seed_words, tiles_of
+from .ops import Case, Kwargs, Op, example_floats
 from .philox import MASK, Stream, normals_reference, split_seed, stream_tag
 from .tiles import TWO_LN_2, load_group, normals, store_group
 
@@ -70,10 +73,8 @@ def _reverse_step_kernel(
         for i in tl.static_range(UNROLL):
             groups = first + i * GROUPS + tl.arange(0, GROUPS)
             mask = groups * SIZE < C * PLANE
-            x = x + load_group(
-                x_t_ptr, groups, mask, 0, C, PLANE, WIDTH, PIXELS, LAYOUT, False, False, GROUPS, EVEN
-            )
-            prediction = prediction + load_group(
+            x += load_group(x_t_ptr, groups, mask, 0, C, PLANE, WIDTH, PIXELS, LAYOUT, False, False, GROUPS, EVEN)
+            prediction += load_group(
                 prediction_ptr, groups, mask, 0, C, PLANE, WIDTH, PIXELS, LAYOUT, False, False, GROUPS, EVEN
             )
         for i in tl.static_range(UNROLL):
@@ -89,8 +90,8 @@ def _reverse_step_kernel(
                 x_0_k = tl.clamp(
                     x[i * SIZE + k] * a + prediction[i * SIZE + k] * b, low, high, propagate_nan=tl.PropagateNan.ALL
                 )
-                x_0 = x_0 + (x_0_k,)
-                out = out + ((x_0_k * c + x[i * SIZE + k] * e) + noise[k],)
+                x_0 += (x_0_k,)
+                out += ((x_0_k * c + x[i * SIZE + k] * e) + noise[k],)
             store_group(out_ptr, groups, mask, out, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
             if WITH_X_0:
                 store_group(x_0_ptr, groups, mask, x_0, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
@@ -113,7 +114,8 @@ def reverse_step(
     x_t fp32 [N, C, H, W]; prediction the same shape, any floating dtype and strides. coefficients fp32 [S, 8] on the
     device, columns (A, B, C, E, H, F, lo, hi); row: int64 with one element on the device, the row to apply and the
     solver step in the address of z (never read by the host, so a CUDA graph may advance it); images int64 [N], image
-    numbers below 2^32. z comes from Stream.Z at (image, row); where F is 0 it is multiplied by 0 and always finite; F must not be negative.
+    numbers below 2^32. z comes from Stream.Z at (image, row) and F must not be negative; where F is 0, z counts for
+    nothing (it is always finite).
     history is reserved for multistep solvers and must be None. No gradients.
     Raises ValueError or TypeError for arguments out of shape or dtype.
     """
@@ -153,8 +155,31 @@ def reverse_step_reference(
     *,
     seed: int,
     return_x_0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reverse_step` in plain torch. Computes in float64 when an input is float64."""
+    out, x_0_hat = _run_reference(x_t, prediction, coefficients, row, images, seed, return_x_0)
+    return (out, x_0_hat) if return_x_0 else out
+
+
+def reverse_step_triton(
+    x_t: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    images: Tensor,
+    *,
+    seed: int,
+    return_x_0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reverse_step` as one Triton launch."""
+    out, x_0_hat = _launch(x_t, prediction, coefficients, row, images, seed, return_x_0)
+    return (out, x_0_hat) if return_x_0 else out
+
+
+def _run_reference(
+    x_t: Tensor, prediction: Tensor, coefficients: Tensor, row: Tensor, images: Tensor, seed: int, return_x_0: bool
 ) -> tuple[Tensor, Tensor]:
-    """`reverse_step` in plain torch; returns (x_{t-1}, x_0_hat), the second empty unless asked for."""
+    """(x_{t-1}, x_0_hat), the second empty unless asked for."""
     work = compute_dtype(x_t, prediction, coefficients)
     a, b, c, e, _, f, lo, hi = coefficients.index_select(0, row.reshape(1))[0].to(work).unbind(0)
     channels_last = memory_format(x_t) == torch.channels_last
@@ -171,17 +196,10 @@ def reverse_step_reference(
     return out, x_0_hat.contiguous(memory_format=memory_format(x_t)) if return_x_0 else out.new_empty(0)
 
 
-def reverse_step_triton(
-    x_t: Tensor,
-    prediction: Tensor,
-    coefficients: Tensor,
-    row: Tensor,
-    images: Tensor,
-    *,
-    seed: int,
-    return_x_0: bool = False,
+def _launch(
+    x_t: Tensor, prediction: Tensor, coefficients: Tensor, row: Tensor, images: Tensor, seed: int, return_x_0: bool
 ) -> tuple[Tensor, Tensor]:
-    """`reverse_step` as one Triton launch; returns (x_{t-1}, x_0_hat), the second empty unless asked for."""
+    """(x_{t-1}, x_0_hat), the second empty unless asked for."""
     format_ = memory_format(x_t)
     x_t = x_t.contiguous(memory_format=format_)
     prediction = prediction.contiguous(memory_format=format_)
@@ -190,19 +208,20 @@ def reverse_step_triton(
     if out.numel() == 0:
         return out, x_0_hat
     cut = tiles_of(x_t, max(x.element_size() for x in (x_t, prediction, out)))
-    _reverse_step_kernel[(x_t.shape[0] * cut.TILES,)](
-        x_t,
-        prediction,
-        out,
-        x_0_hat,
-        coefficients.contiguous(),
-        row,
-        images.contiguous(),
-        *seed_words(seed),
-        **cut.constants(),
-        WITH_X_0=return_x_0,
-        **LAUNCH,
-    )
+    with on_device(out):
+        _reverse_step_kernel[(x_t.shape[0] * cut.TILES,)](
+            x_t,
+            prediction,
+            out,
+            x_0_hat,
+            coefficients.contiguous(),
+            row,
+            images.contiguous(),
+            *seed_words(seed),
+            **cut.constants(),
+            WITH_X_0=return_x_0,
+            **LAUNCH,
+        )
     return out, x_0_hat
 
 
@@ -217,8 +236,8 @@ def _reverse_step_op(
     return_x_0: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    function = reverse_step_triton if impl == "triton" else reverse_step_reference
-    return function(x_t, prediction, coefficients, row, images, seed=seed, return_x_0=return_x_0)
+    function = _launch if impl == "triton" else _run_reference
+    return function(x_t, prediction, coefficients, row, images, seed, return_x_0)
 
 
 @_reverse_step_op.register_fake
@@ -232,6 +251,33 @@ def _(
     return_x_0: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    work = compute_dtype(x_t, prediction, coefficients)
+    work = torch.float32 if impl == "triton" else compute_dtype(x_t, prediction, coefficients)
     out = torch.empty(x_t.shape, dtype=work, device=x_t.device, memory_format=memory_format(x_t))
     return out, torch.empty_like(out) if return_x_0 else out.new_empty(0)
+
+
+def _example(case: Case) -> Kwargs:
+    generator = case.generator()
+    coefficients = torch.rand(5, len(COLUMNS), generator=generator) * 0.5 + 0.25
+    coefficients[:, 6], coefficients[:, 7] = -1.0, 1.0
+    coefficients[-1, 5] = 0.0  # the last step of a sampler adds no noise
+    return {
+        "x_t": example_floats(case, torch.float32),
+        "prediction": case.place(torch.randn(case.shape, generator=generator).to(case.dtype)),
+        "coefficients": coefficients.to(case.device),
+        "row": torch.tensor(4 if case.variant == "last" else 2, device=case.device),
+        "images": torch.randint(2**32, (case.shape[0],), generator=generator).to(case.device),
+        "seed": 2**62 + case.seed,
+        "return_x_0": case.variant == "with_x_0",
+    }
+
+
+REVERSE_STEP = Op(
+    "reverse_step",
+    reverse_step,
+    reverse_step_reference,
+    reverse_step_triton,
+    _example,
+    ("noisy", "with_x_0", "last"),
+    (torch.float32, torch.bfloat16, torch.float16),
+)

@@ -13,6 +13,8 @@ FAST picks what only NVIDIA's PTX has (inline assembly); without it the same cod
 interpreter, with the same words and normals equal to a few units of the last place.
 """
 
+# Tuples grow in unrolled loops, which Triton types and mypy cannot.
+# mypy: disable-error-code="assignment, var-annotated"
 from __future__ import annotations
 
 from ._triton import tl, triton
@@ -82,7 +84,7 @@ def normals(groups, c1, c2, c3, key_0, key_1, factor, QUADS: tl.constexpr, FAST:
         word_0, word_1, word_2, word_3 = philox(quads, c1, c2, c3, key_0, key_1)
         first_0, first_1 = normal_pair(word_0, word_1, factor, FAST)
         second_0, second_1 = normal_pair(word_2, word_3, factor, FAST)
-        values = values + (first_0, first_1, second_0, second_1)
+        values += (first_0, first_1, second_0, second_1)
     return values
 
 
@@ -118,10 +120,7 @@ def join_4(column_0, column_1, column_2, column_3, GROUPS: tl.constexpr):
 def load_run(ptr, offs, mask, PIXELS: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr):
     """PIXELS neighbours from each offset, as a tuple of fp32 [GROUPS]."""
     offs_2d = offs[:, None] + tl.arange(0, PIXELS)[None, :]
-    if EVEN:
-        x = tl.load(ptr + offs_2d)
-    else:
-        x = tl.load(ptr + offs_2d, mask=mask[:, None], other=0)
+    x = tl.load(ptr + offs_2d) if EVEN else tl.load(ptr + offs_2d, mask=mask[:, None], other=0)
     if PIXELS == 4:
         values = split_4(x.to(tl.float32), GROUPS)
     else:
@@ -148,15 +147,8 @@ def load_bytes(ptr, offs, mask, PIXELS: tl.constexpr, EVEN: tl.constexpr):
     WORD: tl.constexpr = tl.int32 if PIXELS == 4 else tl.int64
     offs_word = offs // PIXELS
     word_ptr = ptr.to(tl.pointer_type(WORD))
-    if EVEN:
-        word = tl.load(word_ptr + offs_word)
-    else:
-        word = tl.load(word_ptr + offs_word, mask=mask, other=0)
-    if PIXELS == 4:
-        values = split_word(word)
-    else:
-        values = split_word(word.to(tl.int32)) + split_word((word >> 32).to(tl.int32))
-    return values
+    word = tl.load(word_ptr + offs_word) if EVEN else tl.load(word_ptr + offs_word, mask=mask, other=0)
+    return split_word(word) if PIXELS == 4 else split_word(word.to(tl.int32)) + split_word((word >> 32).to(tl.int32))
 
 
 @triton.jit
@@ -218,22 +210,22 @@ def load_group(
     if PIXELS == 1:
         for i in tl.static_range(4):
             offs, mask_i = element_offsets(groups, i, flip, C, PLANE, WIDTH, LAYOUT)
-            values = values + (tl.load(ptr + offs, mask=mask_i, other=0).to(tl.float32),)
+            values += (tl.load(ptr + offs, mask=mask_i, other=0).to(tl.float32),)
     else:
         source = mirrored(groups, WIDTH, PIXELS) if MIRROR else groups
         runs = ()
         for i in tl.static_range(C):
             offs = source * (PIXELS * C) + i * PIXELS if LAYOUT == "nhwc" else source * PIXELS + i * PLANE
             if BYTES:
-                runs = runs + load_bytes(ptr, offs, mask, PIXELS, EVEN)
+                runs += load_bytes(ptr, offs, mask, PIXELS, EVEN)
             else:
-                runs = runs + load_run(ptr, offs, mask, PIXELS, GROUPS, EVEN)
+                runs += load_run(ptr, offs, mask, PIXELS, GROUPS, EVEN)
         for pixel in tl.static_range(PIXELS):
             for channel in tl.static_range(C):
                 if LAYOUT == "nhwc":
-                    values = values + (runs[(PIXELS - 1 - pixel if MIRROR else pixel) * C + channel],)
+                    values += (runs[(PIXELS - 1 - pixel if MIRROR else pixel) * C + channel],)
                 else:
-                    values = values + (runs[channel * PIXELS + (PIXELS - 1 - pixel if MIRROR else pixel)],)
+                    values += (runs[channel * PIXELS + (PIXELS - 1 - pixel if MIRROR else pixel)],)
     return values
 
 
@@ -260,6 +252,6 @@ def store_group(
         for i in tl.static_range(C):
             run = ()
             for k in tl.static_range(PIXELS):
-                run = run + (values[i * PIXELS + k] if LAYOUT == "nhwc" else values[k * C + i],)
+                run += (values[i * PIXELS + k] if LAYOUT == "nhwc" else values[k * C + i],)
             offs = groups * (PIXELS * C) + i * PIXELS if LAYOUT == "nhwc" else groups * PIXELS + i * PLANE
             store_run(ptr, offs, mask, run, PIXELS, GROUPS, EVEN)

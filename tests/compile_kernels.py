@@ -1,0 +1,267 @@
+"""Compiles the kernels of fastddpm_kernels for GPUs that are not here and counts what they execute.
+
+Run as a program, without TRITON_INTERPRET: it prints one JSON line per configuration and target. The launchers
+themselves are called on CPU tensors with Triton's launch replaced by a recorder, so what is compiled is what a GPU
+would be given. tests/test_kernels_compiled.py holds the figures against tests/kernel_budgets.json; after a deliberate
+change, `python tests/compile_kernels.py --write-budgets` writes that table anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastddpm_kernels import OPS, Case, launch
+
+BUDGETS = Path(__file__).with_name("kernel_budgets.json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+EVEN = (2, 3, 32, 32)
+ODD = (2, 3, 5, 7)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One call of an op whose kernels are compiled: for NVIDIA's targets and, if portable, for AMD's too."""
+
+    name: str
+    op: str
+    variant: str
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = True
+    shape: tuple[int, int, int, int] = EVEN
+    portable: bool = False
+
+
+CONFIGURATIONS = (
+    Configuration("noise uint8 to bf16, nhwc", "add_noise", "uint8"),
+    Configuration("noise uint8 to bf16, nchw", "add_noise", "uint8", channels_last=False),
+    Configuration("noise uint8 to bf16, flip, nhwc", "add_noise", "uint8-flip", portable=True),
+    Configuration("noise uint8 to bf16, flip, nchw", "add_noise", "uint8-flip", channels_last=False),
+    Configuration("noise uint8 to bf16, flip, nhwc, 4 channels", "add_noise", "uint8-flip", shape=(2, 4, 32, 32)),
+    Configuration("noise uint8 to bf16, flip, 28x28 gray", "add_noise", "uint8-flip", shape=(2, 1, 28, 28)),
+    Configuration("noise uint8 to fp32, flip, nhwc", "add_noise", "uint8-flip", torch.float32),
+    Configuration("noise bf16 to bf16, flip, nhwc", "add_noise", "float-flip"),
+    Configuration("noise uint8 to bf16, flip, odd", "add_noise", "uint8-flip", shape=ODD),
+    Configuration("loss eps, nhwc", "diffusion_loss_and_grad", "eps"),
+    Configuration("loss eps, nchw", "diffusion_loss_and_grad", "eps", channels_last=False, portable=True),
+    Configuration("loss eps, fp32, nhwc", "diffusion_loss_and_grad", "eps", torch.float32),
+    Configuration("loss eps, odd", "diffusion_loss_and_grad", "eps", shape=ODD),
+    Configuration("loss eps, no gradient, nhwc", "diffusion_loss", "eps"),
+    Configuration("loss v, flip, weights, nhwc", "diffusion_loss_and_grad", "v-flip-weighted"),
+    Configuration("loss x_0 from float, nhwc", "diffusion_loss_and_grad", "x_0-float"),
+    Configuration("reverse step, nhwc", "reverse_step", "noisy", portable=True),
+    Configuration("reverse step, nchw", "reverse_step", "noisy", channels_last=False),
+    Configuration("reverse step with x_0, nhwc", "reverse_step", "with_x_0"),
+    Configuration("reverse step, odd", "reverse_step", "noisy", shape=ODD, portable=True),
+    Configuration("normals fp32, nhwc", "draw_normal", "x_T", torch.float32),
+    Configuration("normals fp32, nchw", "draw_normal", "z", torch.float32, channels_last=False, portable=True),
+    Configuration("timesteps", "draw_timesteps", "", torch.float32, portable=True),
+    Configuration("dropout mask, nhwc", "dropout", "p=0.1", shape=(2, 128, 32, 32), portable=True),
+    Configuration("dropout mask, nchw", "dropout", "p=0.1", channels_last=False, shape=(2, 128, 32, 32)),
+)
+
+
+@dataclass
+class Launch:
+    """A recorded launch: the kernel, its arguments by name, and the options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def record(configuration: Configuration, *, fast: bool) -> list[Launch]:
+    """The launches of one call of the op's Triton implementation, as a GPU with (or without) inline PTX gets them."""
+    launches: list[Launch] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        named.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
+        launches.append(Launch(kernel, named, {k: v for k, v in kwargs.items() if k not in kernel.arg_names}))
+
+    op = OPS[configuration.op]
+    case = Case(configuration.shape, configuration.dtype, configuration.channels_last, variant=configuration.variant)
+    kept = triton.JITFunction.run, launch.is_fast
+    triton.JITFunction.run, launch.is_fast = run, lambda device: fast
+    try:
+        op.triton(**op.example(case))
+    finally:
+        triton.JITFunction.run, launch.is_fast = kept
+    return launches
+
+
+def compile_launch(recorded: Launch, target: GPUTarget) -> Any:
+    """Compile one recorded launch as Triton's own launcher would for the target."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(recorded.kernel.params):
+        value = recorded.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            assert parameter.do_not_specialize, f"{parameter.name} would be specialised on its value"
+            assert -(2**31) <= value < 2**31, f"{parameter.name} does not fit 32 bits"
+            signature[parameter.name] = "i32"
+    source = ASTSource(recorded.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=recorded.options)
+
+
+def elements_per_thread(recorded: Launch) -> float:
+    """Elements that a thread of a whole tile handles."""
+    a = recorded.arguments
+    if recorded.kernel.fn.__name__ == "_sum_tiles_kernel":
+        return 1.0
+    if "GROUPS" in a:
+        group = 4 if a["PIXELS"] == 1 else a["PIXELS"] * a["C"]
+        return group * a["GROUPS"] * a["UNROLL"] * a["BLOCKS"] / 32
+    return a["BLOCK"] * (8 if "CHANNELS_LAST" in a else 1) / 32
+
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+
+
+def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], dict[str, int]]:
+    """[(address, instruction)] and the resource usage, by the tools in Triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        sass, usage = (
+            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    instructions = [(int(address, 16), text.strip()) for address, text in INSTRUCTION.findall(sass)]
+    return instructions, {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
+def executed(instructions: list[tuple[int, str]], trips: int) -> int:
+    """The most instructions that a thread issues from entry to exit.
+
+    Both ways of every forward branch are followed; a loop runs `trips` times. A branch forward over a loop's back
+    edge leaves the loop.
+    """
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+    branches: dict[int, tuple[int, bool]] = {}
+    for i, (_, text) in enumerate(instructions):
+        match = re.match(r"(@\S+\s+)?(?:BRA|CALL\.REL\.NOINC)\S*\s.*?0x([0-9a-f]+)", text)
+        if match:
+            branches[i] = index[int(match[2], 16)], match[1] is not None
+    back_edges = [(i, target) for i, (target, _) in branches.items() if target < i]
+    longest = 0
+    stack: list[tuple[int, int, dict[int, int]]] = [(0, 0, {})]
+    while stack:
+        i, count, taken = stack.pop()
+        while True:
+            count += 1
+            text = instructions[i][1]
+            if re.match(r"EXIT\b", text) or (i in branches and branches[i][0] == i):
+                longest = max(longest, count)
+                break
+            if i in branches:
+                target, conditional = branches[i]
+                if target < i:
+                    if taken.get(i, 0) < trips - 1:
+                        taken = {**taken, i: taken.get(i, 0) + 1}
+                        i = target
+                        continue
+                    if not conditional:
+                        break  # not reached: the loop is left by a branch over this edge
+                else:
+                    over = [edge for edge, start in back_edges if start <= i < edge < target]
+                    leaves = [edge for edge in over if not branches[edge][1]]
+                    if not conditional or (leaves and taken.get(leaves[0], 0) >= trips - 1):
+                        i = target
+                        continue
+                    if not leaves:
+                        stack.append((target, count, dict(taken)))
+            i += 1
+    return longest
+
+
+def measure(recorded: Launch, compiled: Any) -> dict[str, Any]:
+    """The figures of one compiled kernel that the table holds."""
+    instructions, usage = disassemble(compiled.asm["cubin"])
+    texts = [re.sub(r"^@\S+\s+", "", text) for _, text in instructions]
+    per_thread = elements_per_thread(recorded)
+    return {
+        "instructions": round(executed(instructions, recorded.arguments.get("BLOCKS", 1)) / per_thread, 2),
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"] + sum(re.match(r"(LDL|STL)\b", t) is not None for t in texts),
+        "shared": compiled.metadata.shared + sum(re.match(r"(LDS|STS|BAR)\b", t) is not None for t in texts),
+        "shuffles": sum(t.startswith("SHFL") for t in texts),
+        "narrow_multiplies": sum(t.startswith("IMAD.HI") for t in texts),
+        "flushed_multiply_adds": sum(t.startswith("FFMA.FTZ") for t in texts),
+        "stores": sorted({t.split()[0] for t in texts if t.startswith("STG")}),
+        "special": sum(t.startswith("MUFU") for t in texts),
+    }
+
+
+def results(configurations: Sequence[Configuration] = CONFIGURATIONS) -> Iterator[dict[str, Any]]:
+    """Compile the configurations for their targets; one record per kernel launched."""
+    for configuration in configurations:
+        for name, target in TARGETS.items():
+            if target.backend != "cuda" and not configuration.portable:
+                continue
+            for recorded in record(configuration, fast=target.backend == "cuda"):
+                compiled = compile_launch(recorded, target)
+                row = {"name": configuration.name, "kernel": recorded.kernel.fn.__name__, "target": name}
+                if target.backend == "cuda":
+                    row |= {"even": recorded.arguments.get("EVEN", False), **measure(recorded, compiled)}
+                else:
+                    row["spills"] = sum(int(n) for n in re.findall(r"_spill_count:\s+(\d+)", compiled.asm["amdgcn"]))
+                yield row
+
+
+def write_budgets() -> None:
+    """The checked-in table: what is measured now and 2 % of room (ptxas of another release)."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for row in results():
+        if "instructions" in row:
+            budget = {"instructions": math.ceil(row["instructions"] * 10.2) / 10, "registers": row["registers"] + 8}
+            table.setdefault(f"{row['name']}: {row['kernel']}", {})[row["target"]] = budget
+    BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write-budgets", action="store_true", help=f"write {BUDGETS.name} from what is measured")
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth configuration from the Ith on")
+    options = parser.parse_args()
+    first, step = map(int, options.shard.split("/"))
+    if options.write_budgets:
+        write_budgets()
+    else:
+        for result in results(CONFIGURATIONS[first::step]):
+            print(json.dumps(result), flush=True)
