@@ -27,30 +27,40 @@ class DataConfig:
     """Where the images come from and how they reach the model's size."""
 
     source: str = ""
-    """The data set: digits (scikit-learn's handwritten digits), hub:ID (Hugging Face Hub), parquet:PATH (a folder, a
-    glob or a file), folder:DIR (images, with or without class folders), or anything load_dataset reads."""
+    (
+        "The data set: digits (scikit-learn's handwritten digits), hub:ID (Hugging Face Hub), parquet:PATH (a folder, a "
+        "glob or a file), folder:DIR (images, with or without class folders), or anything load_dataset reads."
+    )
     config: str | None = None
     """Name of the data set's configuration, where a Hub data set has several."""
     split: str = "train"
     """Split to train on; load_dataset's slices such as train[:10%] work unless streamed."""
     streaming: bool = False
-    """Stream the data instead of preparing them in datasets' cache first: starts at once and needs no disk space, but
-    shuffles within a buffer and reads up to the position again on resume."""
+    (
+        "Stream the data instead of preparing them in datasets' cache first: starts at once and needs no disk space, but "
+        "shuffles within a buffer and reads up to the position again on resume."
+    )
     image_column: str | None = None
     """Column of the images; by default the one column of type Image."""
     label_column: str | None = None
     """Column of the class labels; by default the one column of type ClassLabel, if there is one."""
     fit: Fit = "exact"
-    """How images reach the model's size: exact (others are refused, since scaling should be a decision), resize
-    (stretch), crop (centre), resize_crop (scale the shorter side, then crop the centre). Scaling is antialiased."""
+    (
+        "How images reach the model's size: exact (others are refused, since scaling should be a decision), resize "
+        "(stretch), crop (centre), resize_crop (scale the shorter side, then crop the centre). Scaling is antialiased."
+    )
     flip: bool = True
     """Mirror each training image left to right with probability 1/2, drawn on the device at the sample's position."""
     workers: int = 2
-    """Loader processes per training process, which decode ahead of the training step; 0 decodes in the training
-    process itself. The order of the data does not depend on it."""
+    (
+        "Loader processes per training process, which decode ahead of the training step; 0 decodes in the training "
+        "process itself. The order of the data does not depend on it."
+    )
     shuffle_buffer: int = 2048
-    """Examples in the shuffle buffer of a streamed data set, held undecoded in every loader process. The order depends
-    on it."""
+    (
+        "Examples in the shuffle buffer of a streamed data set, held undecoded in every loader process. The order depends "
+        "on it."
+    )
 
 
 class Batch(NamedTuple):
