@@ -77,8 +77,8 @@ class Config:
 
     preset: str = "cifar10"
     (
-        "Preset that supplies the defaults shown here, read before any other option: digits, cifar10, images64 (your own "
-        "images at 64x64) or images256."
+        "Preset that supplies the defaults shown here, read before any other option: digits, cifar10, images64 "
+        "(your own images at 64x64) or images256."
     )
     run: str = ""
     """Run folder; unset: runs/PRESET. Started again with the same command, a run goes on where it was."""

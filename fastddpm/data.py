@@ -28,8 +28,8 @@ class DataConfig:
 
     source: str = ""
     (
-        "The data set: digits (scikit-learn's handwritten digits), hub:ID (Hugging Face Hub), parquet:PATH (a folder, a "
-        "glob or a file), folder:DIR (images, with or without class folders), or anything load_dataset reads."
+        "The data set: digits (scikit-learn's handwritten digits), hub:ID (Hugging Face Hub), parquet:PATH (a "
+        "folder, a glob or a file), folder:DIR (images, with or without class folders), or anything load_dataset reads."
     )
     config: str | None = None
     """Name of the data set's configuration, where a Hub data set has several."""
@@ -37,8 +37,8 @@ class DataConfig:
     """Split to train on; load_dataset's slices such as train[:10%] work unless streamed."""
     streaming: bool = False
     (
-        "Stream the data instead of preparing them in datasets' cache first: starts at once and needs no disk space, but "
-        "shuffles within a buffer and reads up to the position again on resume."
+        "Stream the data instead of preparing them in datasets' cache first: starts at once and needs no disk "
+        "space, but shuffles within a buffer and reads up to the position again on resume."
     )
     image_column: str | None = None
     """Column of the images; by default the one column of type Image."""
@@ -58,8 +58,8 @@ class DataConfig:
     )
     shuffle_buffer: int = 2048
     (
-        "Examples in the shuffle buffer of a streamed data set, held undecoded in every loader process. The order depends "
-        "on it."
+        "Examples in the shuffle buffer of a streamed data set, held undecoded in every loader process. The order "
+        "depends on it."
     )
 
 
