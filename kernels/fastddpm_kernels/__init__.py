@@ -3,6 +3,7 @@
 Imports torch alone; triton is needed for impl="triton" only. The references run anywhere torch runs.
 """
 
+from ._triton import HAS_TRITON
 from .draws import (
     DRAW_NORMAL,
     DRAW_TIMESTEPS,
@@ -44,6 +45,7 @@ OPS: dict[str, Op] = {
 }
 
 __all__ = [
+    "HAS_TRITON",
     "OPS",
     "STREAM_VERSION",
     "TARGETS",

@@ -179,7 +179,7 @@ def _(
 
 def _example(case: Case) -> Kwargs:
     return {
-        "x": example_floats(case),
+        "x": example_floats(case, "x"),
         "p": 0.1 if case.variant == "p=0.1" else 0.5,
         "ordinals": example_ordinals(case),
         "layer": 21,

@@ -223,7 +223,7 @@ def _goal(
 
 def _tree_sum(error: Tensor) -> Tensor:
     """Sums [N] of the squares of error [N, C, H, W] by halving: additions alone, in an order that the size sets."""
-    rows = error.square().permute(0, 2, 3, 1).reshape(error.shape[0], -1)
+    rows = error.square().permute(0, 2, 3, 1).flatten(1)
     size = rows.shape[1]
     while size > 1:
         half = (size + 1) // 2
@@ -345,15 +345,15 @@ _diffusion_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _example(case: Case) -> Kwargs:
-    kwargs = {"prediction": example_floats(case), **example_schedule(case)}
+    kwargs = {"prediction": example_floats(case, "prediction"), **example_schedule(case)}
     target, _, rest = case.variant.partition("-")
     kwargs["target"] = target
     if target != "eps":
-        kwargs["x_0"] = example_floats(case, torch.float32) if "float" in rest else example_images(case)
+        kwargs["x_0"] = example_floats(case, "x_0", torch.float32) if "float" in rest else example_images(case)
     if "flip" in rest:
         kwargs["flip"] = example_flip(case)
     if "weighted" in rest:
-        kwargs["weights"] = (0.5 + torch.rand(case.shape[0], generator=case.generator())).to(case.device)
+        kwargs["weights"] = (0.5 + torch.rand(case.shape[0], generator=case.generator("weights"))).to(case.device)
     return kwargs
 
 

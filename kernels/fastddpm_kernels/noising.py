@@ -305,7 +305,7 @@ def _(
 def _example(case: Case) -> Kwargs:
     is_float = case.variant.startswith("float")
     kwargs = {
-        "x_0": example_floats(case) if is_float else example_images(case),
+        "x_0": example_floats(case, "x_0") if is_float else example_images(case),
         **example_schedule(case),
         "dtype": case.dtype,
     }

@@ -24,9 +24,9 @@ class Case:
     variant: str = ""
     seed: int = 1234
 
-    def generator(self) -> torch.Generator:
-        """A CPU generator, so that every device gets the same inputs."""
-        return torch.Generator().manual_seed(self.seed)
+    def generator(self, argument: str) -> torch.Generator:
+        """A CPU generator for one argument: every device gets the same inputs, and no two arguments are alike."""
+        return torch.Generator().manual_seed(self.seed + int.from_bytes(argument.encode()) % 2**32)
 
     def place(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] on the case's device and in its memory format."""
@@ -50,10 +50,9 @@ class Op:
 
 def example_schedule(case: Case) -> Kwargs:
     """t, ordinals and tables of a cosine-like schedule; the first two samples have t = 0 and t = T - 1."""
-    generator = case.generator()
     num_samples = case.shape[0]
     alpha_bar = torch.cos(torch.linspace(0.01, 1.56, NUM_TIMESTEPS, dtype=torch.float64)).square()
-    t = torch.randint(NUM_TIMESTEPS, (num_samples,), generator=generator)
+    t = torch.randint(NUM_TIMESTEPS, (num_samples,), generator=case.generator("t"))
     t[:1], t[1:2] = 0, NUM_TIMESTEPS - 1
     return {
         "t": t.to(case.device),
@@ -66,14 +65,14 @@ def example_schedule(case: Case) -> Kwargs:
 
 def example_ordinals(case: Case) -> Tensor:
     """Ordinals of which some need the high word."""
-    ordinals = torch.randint(2**62, (case.shape[0],), generator=case.generator())
+    ordinals = torch.randint(2**62, (case.shape[0],), generator=case.generator("ordinals"))
     ordinals[::2] &= 0xFFFF
     return ordinals.to(case.device)
 
 
 def example_images(case: Case) -> Tensor:
     """Random uint8 images."""
-    return case.place(torch.randint(256, case.shape, generator=case.generator(), dtype=torch.uint8))
+    return case.place(torch.randint(256, case.shape, generator=case.generator("images"), dtype=torch.uint8))
 
 
 def example_flip(case: Case) -> Tensor:
@@ -81,6 +80,6 @@ def example_flip(case: Case) -> Tensor:
     return (torch.arange(case.shape[0]) % 2 == 0).to(case.device)
 
 
-def example_floats(case: Case, dtype: torch.dtype | None = None) -> Tensor:
-    """Random normals of the dtype (default: the case's)."""
-    return case.place(torch.randn(case.shape, generator=case.generator()).to(dtype or case.dtype))
+def example_floats(case: Case, argument: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Random normals of the dtype (default: the case's) for the named argument."""
+    return case.place(torch.randn(case.shape, generator=case.generator(argument)).to(dtype or case.dtype))

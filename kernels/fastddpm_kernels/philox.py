@@ -15,9 +15,17 @@ from __future__ import annotations
 
 import enum
 import math
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+numpy: ModuleType | None
+try:
+    import numpy
+except ImportError:  # torch runs without it
+    numpy = None
 
 STREAM_VERSION = 0
 
@@ -90,39 +98,61 @@ def philox_grid(key: tuple[int, int], quads: Tensor, c1: Tensor, c2: Tensor, c3:
     up to PAD, samples outermost: even = words 0 and 2, odd = words 3 and 1 (the order in which the rounds leave them).
     """
     n, q = c1.shape[0], quads.shape[0]
-    padded = -(n * q) % PAD + n * q
-    device = c1.device
+    size = -(-n * q // PAD) * PAD
     keys = [tuple((k + r * w) & MASK for k, w in zip(key, WEYL, strict=True)) for r in range(NUM_ROUNDS)]
+    even = torch.empty(2, size, dtype=torch.int64, device=c1.device)
+    odd = torch.empty_like(even)
+    if numpy is not None and c1.device.type == "cpu":
+        arrays = [x.numpy().view(numpy.uint64) for x in (even, odd, quads, c1, c2)]
+        tags = c3.numpy().view(numpy.uint64) if isinstance(c3, Tensor) else c3
+        _first_rounds(*arrays, tags, keys)
+        _rounds_numpy(arrays[0], arrays[1], keys[2:])
+    else:
+        _first_rounds(even, odd, quads, c1, c2, c3, keys)
+        _rounds_torch(even, odd, keys[2:])
+    return even, odd
 
-    # The first two rounds act on values that depend on the sample or on the quad alone.
+
+def _first_rounds(even: Any, odd: Any, quads: Any, c1: Any, c2: Any, c3: Any, keys: list[tuple[int, ...]]) -> None:
+    """The first two rounds, which act on values of the sample or of the quad alone; torch or numpy."""
+    n, q = c1.shape[0], quads.shape[0]
     p0, p1 = quads * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
     a, b = ((p1 >> 32) ^ c1 ^ keys[0][0]) & MASK, p1 & MASK  # by sample
     c, d = ((p0 >> 32) ^ c3 ^ keys[0][1]) & MASK, p0 & MASK  # by quad
     p0, p1 = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
-    even = torch.empty(2, padded, dtype=torch.int64, device=device)
-    odd = torch.empty_like(even)
-    (even_0, even_2), (odd_3, odd_1) = (
-        [row[: n * q].view(n, q) for row in buffer] for buffer in (even.unbind(0), odd.unbind(0))
-    )
-    torch.bitwise_xor((((p1 >> 32) & MASK) ^ keys[1][0])[None, :], b[:, None], out=even_0)
-    torch.bitwise_xor((((p0 >> 32) & MASK) ^ keys[1][1])[:, None], d[None, :], out=even_2)
-    odd_3.copy_((p0 & MASK)[:, None])
-    odd_1.copy_((p1 & MASK)[None, :])
+    even[0, : n * q].reshape(n, q)[...] = ((p1 >> 32) & MASK ^ keys[1][0])[None, :] ^ b[:, None]
+    even[1, : n * q].reshape(n, q)[...] = ((p0 >> 32) & MASK ^ keys[1][1])[:, None] ^ d[None, :]
+    odd[0, : n * q].reshape(n, q)[...] = (p0 & MASK)[:, None]
+    odd[1, : n * q].reshape(n, q)[...] = (p1 & MASK)[None, :]
 
-    # Small draws are bound by the cost of a torch call: scalars are made tensors and rows are sliced once.
-    multipliers, mask, shift = torch.tensor((*MULTIPLIERS, MASK, 32), device=device).split((2, 1, 1))
-    multipliers = multipliers[:, None]
-    round_keys = torch.tensor(keys, device=device)[:, :, None].unbind(0)
+
+def _rounds_torch(even: Tensor, odd: Tensor, keys: list[tuple[int, ...]]) -> None:
+    """Rounds in place on (even, odd) as `philox_grid` returns them. Scalars are tensors and rows are sliced once."""
+    multipliers, mask, shift = torch.tensor((*MULTIPLIERS, MASK, 32), device=even.device).split((2, 1, 1))
     product, high = torch.empty_like(even), torch.empty_like(even)
     (even_0, even_2), (odd_3, odd_1), (high_0, high_1) = even.unbind(0), odd.unbind(0), high.unbind(0)
-    for r in range(2, NUM_ROUNDS):
-        torch.mul(even, multipliers, out=product)
+    for key in torch.tensor(keys, device=even.device)[:, :, None].unbind(0):
+        torch.mul(even, multipliers[:, None], out=product)
         torch.bitwise_right_shift(product, shift, out=high)
         torch.bitwise_xor(high_1, odd_1, out=even_0)
         torch.bitwise_xor(high_0, odd_3, out=even_2)
-        even.bitwise_xor_(round_keys[r]).bitwise_and_(mask)
+        even.bitwise_xor_(key).bitwise_and_(mask)
         torch.bitwise_and(product, mask, out=odd)
-    return even, odd
+
+
+def _rounds_numpy(even: Any, odd: Any, keys: list[tuple[int, ...]]) -> None:
+    """`_rounds_torch` on uint64 arrays: half the time, by cheaper calls and a shift that brings no sign."""
+    assert numpy is not None
+    multipliers = numpy.array(MULTIPLIERS, dtype=numpy.uint64)[:, None]
+    mask, shift = numpy.uint64(MASK), numpy.uint64(32)
+    product, high = numpy.empty_like(even), numpy.empty_like(even)
+    for key in numpy.array(keys, dtype=numpy.uint64)[:, :, None]:
+        numpy.multiply(even, multipliers, out=product)
+        numpy.right_shift(product, shift, out=high)
+        numpy.bitwise_xor(high[1], odd[1], out=even[0])
+        numpy.bitwise_xor(high[0], odd[0], out=even[1])
+        numpy.bitwise_xor(even, key, out=even)
+        numpy.bitwise_and(product, mask, out=odd)
 
 
 def split_ordinals(ordinals: Tensor) -> tuple[Tensor, Tensor]:

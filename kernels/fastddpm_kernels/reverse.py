@@ -257,16 +257,15 @@ def _(
 
 
 def _example(case: Case) -> Kwargs:
-    generator = case.generator()
-    coefficients = torch.rand(5, len(COLUMNS), generator=generator) * 0.5 + 0.25
+    coefficients = torch.rand(5, len(COLUMNS), generator=case.generator("coefficients")) * 0.5 + 0.25
     coefficients[:, 6], coefficients[:, 7] = -1.0, 1.0
     coefficients[-1, 5] = 0.0  # the last step of a sampler adds no noise
     return {
-        "x_t": example_floats(case, torch.float32),
-        "prediction": case.place(torch.randn(case.shape, generator=generator).to(case.dtype)),
+        "x_t": example_floats(case, "x_t", torch.float32),
+        "prediction": example_floats(case, "prediction"),
         "coefficients": coefficients.to(case.device),
         "row": torch.tensor(4 if case.variant == "last" else 2, device=case.device),
-        "images": torch.randint(2**32, (case.shape[0],), generator=generator).to(case.device),
+        "images": torch.randint(2**32, (case.shape[0],), generator=case.generator("images")).to(case.device),
         "seed": 2**62 + case.seed,
         "return_x_0": case.variant == "with_x_0",
     }

@@ -1,0 +1,465 @@
+"""The kernels against their references, from the table of ops: in the interpreter, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from kernel_checks import DEVICE, check_close, check_op, in_float64, one_sample, outputs
+
+import fastddpm_kernels as fk
+from fastddpm_kernels import OPS, Case, Op, Stream, launch
+
+triton_here = pytest.mark.skipif(not fk.HAS_TRITON, reason="needs triton")
+IMPLS = ["reference", pytest.param("triton", marks=triton_here)]
+FORMATS = [pytest.param(False, id="nchw"), pytest.param(True, id="nhwc")]
+VARIANTS = [pytest.param(op, variant, id=f"{op.name}-{variant}") for op in OPS.values() for variant in op.variants]
+TYPED = [
+    pytest.param(op, variant, dtype, id=f"{op.name}-{variant}-{str(dtype)[6:]}")
+    for op in OPS.values()
+    for variant in op.variants
+    for dtype in op.dtypes
+]
+# One element; odd; whole groups of 8 pixels; whole groups of 4 with many channels; channels beyond the groups.
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (2, 3, 4, 8), (2, 12, 2, 4), (1, 20, 2, 4)]
+
+# KERNELS' golden values: seed 1234, sample 7, c2 = 3, c3 = 1, quads 0 and 1.
+GOLDEN_WORDS = [[0xD2190375, 0xD7BE9C29, 0xE2E76FD1, 0x59DD4F40], [0xF343D160, 0xA9FC8ED9, 0x6142B7DA, 0x6AEC473F]]
+GOLDEN_NORMALS = [
+    [0.34597925, -0.52488841, -0.29130756, 0.39552536],
+    [-0.16432418, -0.27395327, -1.20920664, 0.68803043],
+]
+
+
+# ---- The addresses and the words
+
+
+def test_random123_known_answers() -> None:
+    ones = 0xFFFFFFFF
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for seed, counter, words in (
+        (0, (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (2**64 - 1, (ones, ones, ones, ones), "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (0x299F31D0A4093822, pi, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
+        assert " ".join(f"{int(w):08x}" for w in fk.philox_words(seed, *counter)) == words
+
+
+def test_golden_words() -> None:
+    words = fk.philox_words(1234, torch.arange(2), 7, 3, 1)
+    assert torch.stack(words, 1).tolist() == GOLDEN_WORDS
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_golden_normals(impl: str) -> None:
+    ordinals = torch.tensor([7], device=DEVICE)
+    kwargs: dict[str, Any] = {"shape": (1, 2, 4), "seed": 1234, "stream": Stream.EPS}
+    by_step = fk.draw_normal(ordinals, step=3, impl=impl, **kwargs)
+    by_ordinal = fk.draw_normal(ordinals + (3 << 32), impl=impl, **kwargs)
+    assert torch.equal(by_step, by_ordinal)
+    torch.testing.assert_close(by_step[0, 0].cpu(), torch.tensor(GOLDEN_NORMALS), atol=2e-5, rtol=0)
+
+
+def test_stream_layout_is_frozen() -> None:
+    assert fk.STREAM_VERSION == 0
+    assert {s.name: int(s) for s in Stream} == {"EPS": 1, "TIMESTEP": 2, "FLIP": 3, "DROPOUT": 4, "X_T": 5, "Z": 6}
+    assert fk.stream_tag(Stream.DROPOUT, 0x1234) == 0x123404
+    for kind, layer in ((256, 0), (1, 65536), (1, -1)):
+        with pytest.raises(ValueError, match="stream kind"):
+            fk.stream_tag(kind, layer)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_timesteps_and_flips_are_at_their_addresses(impl: str) -> None:
+    ordinals = torch.tensor([0, 1, 2**32 + 5, 2**62 + 2**33 + 9], device=DEVICE)
+    c1, c2 = ordinals.cpu() & 0xFFFFFFFF, ordinals.cpu() >> 32
+    for num_timesteps in (1, 1000, 2**31):
+        t, flip = fk.draw_timesteps(ordinals, num_timesteps, seed=2**62 + 1, impl=impl)
+        assert t.tolist() == ((fk.philox_words(2**62 + 1, 0, c1, c2, 2)[0] * num_timesteps) >> 32).tolist()
+        assert flip.tolist() == (fk.philox_words(2**62 + 1, 0, c1, c2, 3)[0] >> 31).bool().tolist()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropout_mask_is_at_its_addresses(impl: str) -> None:
+    ordinals, (c, h, w), p = torch.tensor([3, 2**40], device=DEVICE), (3, 5, 7), 0.3
+    y = fk.dropout(torch.ones(2, c, h, w, device=DEVICE), p, ordinals, layer=9, seed=11, impl=impl).cpu()
+    elements = torch.arange(c * h * w)
+    words = torch.stack(
+        fk.philox_words(
+            11, elements // 8, (ordinals.cpu() & 0xFFFFFFFF)[:, None], (ordinals.cpu() >> 32)[:, None], 0x904
+        )
+    )
+    word = words.gather(0, (elements % 8 // 2).expand(1, 2, -1))[0]
+    half = torch.where(elements % 2 == 0, word & 0xFFFF, word >> 16)
+    keep = (half >= round(p * 65536)).view(2, h, w, c).permute(0, 3, 1, 2)
+    assert torch.equal(y != 0, keep)
+    assert torch.equal(y[keep], torch.full_like(y[keep], 65536 / (65536 - round(p * 65536))))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_memory_format_changes_no_value(impl: str) -> None:
+    kwargs: dict[str, Any] = {"shape": (3, 4, 8), "seed": 5, "stream": Stream.X_T, "impl": impl}
+    ordinals = torch.arange(2, device=DEVICE)
+    plain, last = (fk.draw_normal(ordinals, channels_last=x, **kwargs) for x in (False, True))
+    assert torch.equal(plain, last) and last.is_contiguous(memory_format=torch.channels_last)
+    flat = fk.draw_normal(ordinals, **{**kwargs, "shape": (1, 1, 96)}).view(2, 4, 8, 3).permute(0, 3, 1, 2)
+    assert torch.equal(plain, flat), "elements are counted in H, W, C order"
+
+
+# ---- Every op against its reference
+
+
+@triton_here
+@pytest.mark.parametrize("channels_last", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_triton_agrees_with_reference(
+    op: Op, variant: str, shape: tuple[int, int, int, int], channels_last: bool
+) -> None:
+    check_op(op, Case(shape, op.dtypes[0], channels_last, DEVICE, variant))
+
+
+@triton_here
+@pytest.mark.parametrize(("op", "variant", "dtype"), [p for p in TYPED if p.values[2] != torch.float32])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_triton_agrees_in_half_precision(op: Op, variant: str, dtype: torch.dtype) -> None:
+    check_op(op, Case((2, 3, 4, 8), dtype, True, DEVICE, variant))
+
+
+@triton_here
+@pytest.mark.parametrize("channels_last", FORMATS)
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_many_tiles(monkeypatch: pytest.MonkeyPatch, op: Op, variant: str, channels_last: bool) -> None:
+    """Small tiles, so that several passes, unrolled groups and a ragged end are run."""
+    monkeypatch.setattr(launch, "INTERPRETER_GROUPS", 2)
+    monkeypatch.setattr(launch, "ELEMENTS_PER_PASS", 24)
+    monkeypatch.setattr(launch, "ELEMENTS_PER_THREAD", 48)
+    check_op(op, Case((2, 3, 5, 8), op.dtypes[0], channels_last, DEVICE, variant))
+
+
+@triton_here
+@hypothesis.settings(max_examples=12, deadline=None, database=None, derandomize=True)
+@hypothesis.given(
+    op=st.sampled_from(sorted(OPS)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 9), st.sampled_from((1, 2, 3, 4, 6, 8, 12))),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**62),
+)
+def test_any_shape(op: str, shape: tuple[int, int, int, int], channels_last: bool, seed: int) -> None:
+    for variant in OPS[op].variants:
+        check_op(OPS[op], Case(shape, OPS[op].dtypes[0], channels_last, DEVICE, variant, seed))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_runs_are_equal_and_samples_independent(op: Op, variant: str, impl: str) -> None:
+    """Bitwise: twice the same, and sample k alone is sample k of the batch."""
+    kwargs = {**op.example(Case((3, 3, 5, 6), op.dtypes[0], True, DEVICE, variant)), "impl": impl}
+    batch = outputs(op.public(**kwargs))
+    for first, second in zip(batch, outputs(op.public(**kwargs)), strict=True):
+        assert torch.equal(first, second)
+    for k in range(3):
+        for whole, alone in zip(batch, outputs(op.public(**one_sample(kwargs, k))), strict=True):
+            assert torch.equal(whole[k : k + 1], alone)
+
+
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+def test_reference_does_not_depend_on_the_batch_at_chunk_edges(op: Op, variant: str) -> None:
+    """The references cut their work into chunks and vectors; neither may show in the result."""
+    kwargs = op.example(Case((37, 3, 31, 33), op.dtypes[0], True, DEVICE, variant))
+    batch = outputs(op.reference(**kwargs))
+    for k in (0, 10, 36):
+        for whole, alone in zip(batch, outputs(op.reference(**one_sample(kwargs, k))), strict=True):
+            assert torch.equal(whole[k : k + 1], alone)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+def test_inputs_with_gaps(op: Op, variant: str, impl: str) -> None:
+    """Sliced inputs give what dense copies of them give, in either order of axes."""
+    for channels_last in (False, True):
+        wide = op.example(Case((4, 3, 6, 16), op.dtypes[0], channels_last, DEVICE, variant))
+        sliced, dense = dict(wide, impl=impl), dict(wide, impl=impl)
+        for name, value in wide.items():
+            if name in PER_SAMPLE_IMAGES:
+                sliced[name] = value[::2, :, 1:, ::2]
+                kept = torch.channels_last if channels_last else torch.contiguous_format
+                dense[name] = sliced[name].clone(memory_format=kept)
+            elif isinstance(value, torch.Tensor) and value.shape[:1] == (4,):
+                sliced[name] = value[::2]
+                dense[name] = sliced[name].clone()
+        if op.name == "draw_normal":
+            continue
+        for a, b in zip(outputs(op.public(**sliced)), outputs(op.public(**dense)), strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+PER_SAMPLE_IMAGES = ("x_0", "prediction", "x_t", "x")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+def test_no_samples(op: Op, variant: str, impl: str) -> None:
+    for result in outputs(op.public(**op.example(Case((0, 3, 4, 4), variant=variant, device=DEVICE)), impl=impl)):
+        assert result.shape[0] == 0
+
+
+@triton_here
+def test_prediction_and_images_in_different_orders() -> None:
+    kwargs = OPS["diffusion_loss_and_grad"].example(Case((2, 3, 4, 8), device=DEVICE, variant="v-flip-weighted"))
+    plain = fk.diffusion_loss_and_grad(**kwargs, impl="triton")
+    kwargs["x_0"] = kwargs["x_0"].contiguous(memory_format=torch.channels_last)
+    assert all(map(torch.equal, plain, fk.diffusion_loss_and_grad(**kwargs, impl="triton")))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_of_the_network_is_not_hidden(impl: str) -> None:
+    kwargs = OPS["reverse_step"].example(Case((1, 3, 4, 4), device=DEVICE, variant="with_x_0"))
+    kwargs["prediction"][0, 1, 2, 3] = float("nan")
+    for result in fk.reverse_step(**kwargs, impl=impl):
+        assert int(result.isnan().sum()) == 1 and bool(result[0, 1, 2, 3].isnan())
+
+
+# ---- Gradients
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("variant", OPS["diffusion_loss"].variants)
+@pytest.mark.parametrize("channels_last", FORMATS)
+def test_loss_gradient(impl: str, variant: str, channels_last: bool) -> None:
+    """By autograd with a random upstream gradient, and by the op that makes it in the same pass."""
+    kwargs = OPS["diffusion_loss"].example(
+        Case((3, 3, 5, 6), channels_last=channels_last, device=DEVICE, variant=variant)
+    )
+    upstream = torch.randn(3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def grad_of(function: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        prediction = arguments["prediction"].detach().clone().requires_grad_()
+        losses = function(**{**arguments, "prediction": prediction})
+        (grad,) = torch.autograd.grad(losses, prediction, upstream.to(losses.dtype))
+        return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    grad = grad_of(lambda **k: fk.diffusion_loss(**k, impl=impl), kwargs)
+    base = grad_of(fk.diffusion_loss_reference, kwargs)
+    check_close("autograd", grad, base, grad_of(fk.diffusion_loss_reference, in_float64(kwargs)))
+
+    weights = kwargs.get("weights", torch.ones(3, device=DEVICE))
+    scaled = {**kwargs, "weights": weights * upstream}
+    losses, direct = fk.diffusion_loss_and_grad(**scaled, grad_scale=torch.tensor(1.0, device=DEVICE), impl=impl)
+    check_close("one pass", direct, grad, grad_of(fk.diffusion_loss_reference, in_float64(kwargs)))
+    assert not direct.requires_grad and not losses.requires_grad
+    by_float = fk.diffusion_loss_and_grad(**scaled, grad_scale=1.0, impl=impl)[1]
+    assert torch.equal(by_float, direct)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropout_gradient(impl: str) -> None:
+    kwargs = OPS["dropout"].example(Case((2, 3, 5, 7), channels_last=True, device=DEVICE, variant="p=0.5"))
+    x = kwargs["x"].requires_grad_()
+    y = fk.dropout(**kwargs, impl=impl)
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(grad, torch.where(y != 0, upstream * 2.0, torch.zeros_like(upstream)))
+    assert grad.stride() == x.stride()
+    assert fk.dropout(x, 0.0, kwargs["ordinals"], layer=0, seed=0) is x
+
+
+# ---- Statistics of the noise
+
+
+def draw(seed: int = 1, stream: int = Stream.EPS, step: int | None = None, first: int = 0) -> torch.Tensor:
+    ordinals = torch.arange(first, first + 64)
+    return fk.draw_normal(ordinals, (1, 64, 64), seed=seed, stream=stream, step=step).double().view(64, -1)
+
+
+def test_normals_are_normal() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    x = draw().flatten()
+    n = x.numel()
+    assert abs(x.mean()) < 4 / math.sqrt(n)
+    assert abs(x.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs(stats.skew(x.numpy())) < 4 * math.sqrt(6 / n)
+    assert abs(stats.kurtosis(x.numpy())) < 4 * math.sqrt(24 / n)
+    assert stats.kstest(x.numpy(), "norm").pvalue > 1e-3
+    tails = (x.abs() > 3.0).double().mean()
+    assert abs(tails - 0.0026998) < 4 * math.sqrt(0.0027 / n)
+    for lag in (1, 2, 3, 4, 64, 4096):
+        assert abs((x[lag:] * x[:-lag]).mean()) < 4.5 / math.sqrt(n)
+
+
+def test_streams_are_independent() -> None:
+    base = draw()
+    limit = 4.5 / math.sqrt(base.numel())
+    others = {
+        "seed": draw(seed=2),
+        "high word of the seed": draw(seed=1 + 2**32),
+        "stream": draw(stream=Stream.X_T),
+        "layer": draw(stream=fk.stream_tag(Stream.EPS, layer=1)),
+        "step": draw(step=1),
+        "samples": draw(first=64),
+        "high word of the ordinal": draw(first=2**32),
+    }
+    for name, other in others.items():
+        assert abs((base * other).mean()) < limit, name
+    among = torch.corrcoef(base)[~torch.eye(64, dtype=torch.bool)]
+    assert among.abs().max() < 5.5 / math.sqrt(base.shape[1])
+    assert torch.equal(base, draw(step=0)), "step 0 is the address of ordinals below 2^32"
+
+
+def test_timesteps_are_uniform_and_flips_fair() -> None:
+    t, flip = fk.draw_timesteps(torch.arange(100_000), 100, seed=3)
+    counts = torch.bincount(t, minlength=100).double()
+    assert counts.numel() == 100 and ((counts - 1000) ** 2 / 1000).sum() < 99 + 5 * math.sqrt(2 * 99)
+    assert abs(flip.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(100_000)
+
+
+def test_dropout_keeps_its_share() -> None:
+    x = torch.ones(8, 16, 32, 32)
+    for layer, p in ((0, 0.1), (1, 0.1), (2, 0.5)):
+        y = fk.dropout(x, p, torch.arange(8), layer=layer, seed=1)
+        assert abs((y == 0).double().mean() - p) < 4.5 * math.sqrt(p * (1 - p) / x.numel())
+
+
+# ---- The ops in PyTorch's machinery
+
+
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+def test_opcheck(op: Op, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every custom op that the public op calls passes torch.library.opcheck with the arguments it is given."""
+    calls = []
+    call = torch._library.custom_ops.CustomOpDef.__call__
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((self, args))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch._library.custom_ops.CustomOpDef, "__call__", recorded)
+    for shape, channels_last in (((2, 3, 4, 6), True), ((2, 1, 4, 6), False), ((2, 1, 4, 6), True)):
+        kwargs = op.example(Case(shape, op.dtypes[0], channels_last, DEVICE, variant))
+        if "prediction" in kwargs and op.name == "diffusion_loss":
+            kwargs["prediction"].requires_grad_()
+        op.public(**kwargs)
+    monkeypatch.undo()
+    assert len(calls) == 3
+    for custom_op, args in calls:
+        torch.library.opcheck(custom_op, args)
+
+
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+def test_compiles_as_one_graph(op: Op, variant: str) -> None:
+    kwargs = op.example(Case((2, 3, 4, 6), op.dtypes[0], True, DEVICE, variant))
+    compiled = torch.compile(op.public, fullgraph=True, backend="aot_eager", dynamic=False)
+    for eager, traced in zip(outputs(op.public(**kwargs)), outputs(compiled(**kwargs)), strict=True):
+        assert torch.equal(eager, traced) and eager.stride() == traced.stride()
+    torch._dynamo.reset()
+
+
+def test_a_training_step_compiles_with_inductor() -> None:
+    case = Case((2, 3, 4, 8), device=DEVICE, variant="uint8-flip", channels_last=True)
+    kwargs = OPS["add_noise"].example(case)
+    scale = torch.ones(1, device=DEVICE, requires_grad=True)
+
+    def step(x_0: torch.Tensor, dtype: torch.dtype, flip: torch.Tensor, **schedule: Any) -> torch.Tensor:
+        x_t = fk.add_noise(x_0, flip=flip, dtype=dtype, **schedule)
+        hidden = fk.dropout(x_t * scale, 0.1, schedule["ordinals"], layer=0, seed=1)
+        return fk.diffusion_loss(hidden, target="v", x_0=x_0, flip=flip, **schedule).sum()
+
+    eager = step(**kwargs)
+    (expected,) = torch.autograd.grad(eager, scale)
+    compiled = torch.compile(step, fullgraph=True)(**kwargs)
+    (grad,) = torch.autograd.grad(compiled, scale)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(grad, expected)
+    torch._dynamo.reset()
+
+
+def test_autocast_changes_nothing() -> None:
+    for op in OPS.values():
+        kwargs = op.example(Case((2, 3, 4, 6), device=DEVICE, variant=op.variants[0]))
+        plain = outputs(op.public(**kwargs))
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            cast = outputs(op.public(**kwargs))
+        assert all(map(torch.equal, plain, cast)), op.name
+
+
+# ---- Which implementation runs, and what is refused
+
+
+def test_implementations_are_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinals = torch.arange(2)
+    with pytest.raises(ValueError, match="triton, reference"):
+        fk.draw_timesteps(ordinals, 10, seed=0, impl="cuda")
+    monkeypatch.setattr("fastddpm_kernels._dispatch.interpreting", lambda: False)
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run on a cpu tensor"):
+        fk.draw_timesteps(ordinals, 10, seed=0, impl="triton")
+    monkeypatch.setattr("fastddpm_kernels._dispatch.HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="needs the triton package"):
+        fk.draw_timesteps(ordinals, 10, seed=0, impl="triton")
+
+
+def test_imports_and_runs_without_triton() -> None:
+    """As on macOS or Windows: the references work, the kernels say what is missing."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import fastddpm_kernels as fk
+x = fk.draw_normal(torch.tensor([7]), (1, 1, 4), seed=1234, stream=1, step=3)
+print([round(v, 4) for v in x.flatten().tolist()])
+try:
+    fk.draw_normal(torch.tensor([7]), (1, 1, 4), seed=1234, stream=1, impl="triton")
+except RuntimeError as error:
+    print(error)
+assert not any(name == "fastddpm" or name.startswith("fastddpm.") for name in sys.modules)
+"""
+    folder = Path(fk.__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == "[0.346, -0.5249, -0.2913, 0.3955]"
+    assert "needs the triton package" in second
+
+
+def bad_calls() -> dict[str, tuple[str, Any, type[Exception], str]]:
+    """name: (op, change to its example arguments, error, what the message says)."""
+    return {
+        "seed": ("add_noise", {"seed": -1}, ValueError, "seed must be in"),
+        "seed too large": ("draw_normal", {"seed": 2**63}, ValueError, "seed must be in"),
+        "step": ("draw_normal", {"step": 2**32}, ValueError, "step must be in"),
+        "shape": ("draw_normal", {"shape": (3, 4)}, ValueError, r"shape must be \(C, H, W\)"),
+        "T": ("draw_timesteps", {"num_timesteps": 0}, ValueError, "num_timesteps must be in"),
+        "ordinals": ("draw_timesteps", {"ordinals": torch.zeros(2)}, TypeError, "ordinals must be torch.int64"),
+        "t": ("add_noise", {"t": torch.zeros(3, dtype=torch.int64)}, ValueError, "t must have shape"),
+        "table": ("add_noise", {"sqrt_alpha_bar": torch.ones(1000).bfloat16()}, TypeError, "must be float32"),
+        "tables": ("add_noise", {"sqrt_alpha_bar": torch.ones(3)}, ValueError, "the tables differ in length"),
+        "images": ("add_noise", {"x_0": torch.zeros(2, 3, 4)}, ValueError, r"x_0 must be \[N, C, H, W\]"),
+        "flip": ("add_noise", {"flip": torch.zeros(2)}, TypeError, "flip must be torch.bool"),
+        "target": ("diffusion_loss", {"target": "epsilon"}, ValueError, "use one of eps, x_0, v"),
+        "x_0": ("diffusion_loss", {"target": "v"}, ValueError, "needs x_0"),
+        "x_0 shape": ("diffusion_loss", {"target": "v", "x_0": torch.zeros(2, 1, 4, 4)}, ValueError, "must match"),
+        "weights": ("diffusion_loss", {"weights": torch.ones(1)}, ValueError, "weights must have shape"),
+        "scale": ("diffusion_loss_and_grad", {"grad_scale": torch.ones(2)}, ValueError, "must hold one element"),
+        "history": ("reverse_step", {"history": torch.zeros(2, 3, 4, 4)}, ValueError, "reserved"),
+        "row": ("reverse_step", {"row": torch.tensor(1.0)}, TypeError, "row must be one int64"),
+        "columns": ("reverse_step", {"coefficients": torch.zeros(5, 7)}, ValueError, r"must be \[S, 8\]"),
+        "p": ("dropout", {"p": 1.0}, ValueError, "must be in"),
+        "layer": ("dropout", {"layer": 65536}, ValueError, "layer"),
+        "x": ("dropout", {"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, TypeError, "floating point"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_arguments_are_named(name: str) -> None:
+    op_name, change, error, message = bad_calls()[name]
+    op = OPS[op_name]
+    with pytest.raises(error, match=message):
+        op.public(**{**op.example(Case((2, 3, 4, 4), variant=op.variants[0])), **change})

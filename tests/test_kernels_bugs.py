@@ -1,0 +1,159 @@
+"""Planted bugs: each change to a kernel's source must make the tests' own check fail, and no change must pass it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import DEVICE, check_op, one_sample, outputs
+
+import fastddpm_kernels as fk
+from fastddpm_kernels import OPS, Case
+
+pytestmark = pytest.mark.skipif(not fk.HAS_TRITON, reason="needs triton")
+SOURCES = Path(fk.__file__).parent
+# Modules that hold kernels, in the order of their imports: a mutant is made of a fresh copy of all of them.
+MODULES = ("tiles", "draws", "noising", "loss_kernel", "loss", "reverse", "dropout")
+ODD, EVEN = (3, 3, 5, 7), (3, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` becomes `new` in a module; op's variant at the shape must no longer pass."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    op: str
+    variant: str
+    shape: tuple[int, int, int, int] = EVEN
+    channels_last: bool = True
+    dtype: torch.dtype = torch.float32
+
+
+BUGS = (
+    Bug(
+        "last group not written", "tiles", "elements < C * PLANE", "elements + 4 < C * PLANE", "add_noise", "uint8", ODD
+    ),
+    Bug(
+        "nchw written as nhwc",
+        "tiles",
+        "values[k * C + i]",
+        "values[i * PIXELS + k]",
+        "add_noise",
+        "uint8",
+        EVEN,
+        False,
+    ),
+    Bug("mirror off by a group", "tiles", "PIXELS - 1 - columns)", "PIXELS - 2 - columns)", "add_noise", "uint8-flip"),
+    Bug("pixels of a group not mirrored", "tiles", "PIXELS - 1 - pixel if", "pixel if", "add_noise", "uint8-flip"),
+    Bug("9 rounds", "tiles", "tl.static_range(10)", "tl.static_range(9)", "draw_normal", "x_T"),
+    Bug("high word of the ordinal dropped", "tiles", "(ordinal >> 32)", "(ordinal >> 63)", "draw_normal", "x_T"),
+    Bug(
+        "sine and cosine swapped",
+        "tiles",
+        "radius * cos, radius * sin",
+        "radius * sin, radius * cos",
+        "draw_normal",
+        "z",
+    ),
+    Bug("step not in the address", "draws", "if HAS_STEP:", "if False:", "draw_normal", "z"),
+    Bug("noise by place in the batch", "noising", "tl.load(ordinals_ptr + n)", "n", "add_noise", "uint8"),
+    Bug(
+        "alpha_bar in bf16",
+        "noising",
+        "tl.load(sqrt_alpha_bar_ptr + t)",
+        "tl.load(sqrt_alpha_bar_ptr + t).to(tl.bfloat16).to(tl.float32)",
+        "add_noise",
+        "float-flip",
+    ),
+    Bug("another sample's alpha_bar", "noising", "tl.load(t_ptr + n)", "tl.load(t_ptr)", "add_noise", "uint8"),
+    Bug("flip ignored", "noising", "if flip != 0:", "if flip > 1:", "add_noise", "uint8-flip"),
+    Bug("normalised by 128", "noising", "(1.0 / 127.5)", "(1.0 / 128.0)", "add_noise", "uint8"),
+    Bug("factor 1 for 2", "loss_kernel", "(2.0 * weight)", "(1.0 * weight)", "diffusion_loss_and_grad", "eps"),
+    Bug(
+        "masked lanes counted", "loss_kernel", "groups * 4 + k < C * PLANE", "groups >= 0", "diffusion_loss", "eps", ODD
+    ),
+    Bug(
+        "upstream gradient ignored",
+        "loss_kernel",
+        "tl.load(grad_scale_ptr + (n if SCALE_PER_SAMPLE else 0)) *",
+        "1.0 *",
+        "diffusion_loss_and_grad",
+        "eps",
+    ),
+    Bug("weights ignored", "loss_kernel", "/ SIZE if WEIGHTED", "/ SIZE if False", "diffusion_loss", "v-flip-weighted"),
+    Bug(
+        "v with the signs of eps",
+        "loss_kernel",
+        "sigma if TARGET",
+        "-sigma if TARGET",
+        "diffusion_loss",
+        "v-flip-weighted",
+    ),
+    Bug("not clipped", "reverse", "low, high, propagate", "-1e9, 1e9, propagate", "reverse_step", "with_x_0"),
+    Bug("row not in the address", "reverse", "row.to(tl.uint32), Z_TAG", "image.to(tl.uint32), Z_TAG", "reverse_step", "noisy"),
+    Bug("noise where F is 0", "reverse", "TWO_LN_2 * f * f", "TWO_LN_2", "reverse_step", "last"),
+    Bug("halves swapped", "dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "dropout", "p=0.1"),
+    Bug(
+        "greater for greater or equal",
+        "dropout",
+        ">= threshold",
+        ">= threshold + 6000",
+        "dropout",
+        "p=0.1",
+        (3, 8, 16, 16),
+    ),
+)
+
+
+def mutant(bug: Bug | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The table of ops made from copies of the kernels' modules, with the bug in one of them."""
+    ops: dict[str, Any] = {}
+    for module in MODULES:
+        source = (SOURCES / f"{module}.py").read_text()
+        if bug is not None and module == bug.module:
+            assert source.count(bug.old) >= 1, f"{bug.name}: {bug.old!r} is no longer in {module}.py"
+            source = source.replace(bug.old, bug.new)
+        for other in MODULES:
+            source = source.replace(f"from .{other} import", f"from .mutant_{other} import")
+        source = source.replace('custom_op("fastddpm_kernels::', f'custom_op("mutant_{id(folder)}::')
+        path = folder / f"mutant_{module}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(f"fastddpm_kernels.mutant_{module}", path)
+        assert spec is not None and spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, loaded)
+        spec.loader.exec_module(loaded)
+        ops.update({value.name: value for value in vars(loaded).values() if isinstance(value, fk.Op)})
+    return ops
+
+
+def check(ops: dict[str, Any], bug: Bug) -> None:
+    """The check of test_kernels.py, and that a sample alone is the sample in its batch."""
+    case = Case(bug.shape, bug.dtype, bug.channels_last, DEVICE, bug.variant)
+    check_op(OPS[bug.op], case, ops[bug.op].triton)
+    kwargs = OPS[bug.op].example(case)
+    batch, alone = outputs(ops[bug.op].triton(**kwargs)), outputs(ops[bug.op].triton(**one_sample(kwargs, 1)))
+    assert all(torch.equal(a[1:2], b) for a, b in zip(batch, alone, strict=True))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_without_a_bug_all_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = mutant(None, tmp_path, monkeypatch)
+    for bug in BUGS:
+        check(ops, bug)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_planted_bug_is_found(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = mutant(bug, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        check(ops, bug)

@@ -1,0 +1,242 @@
+"""What only a GPU can show: the inline assembly's values, graph capture, one compilation for every seed, big batches.
+
+The table of test_kernels.py runs on the GPU as well where there is one. The first tests here need none: they check the
+constants of the inline assembly, which the interpreter cannot run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import DEVICE, FAST_SHARE, FAST_USUAL, FAST_WORST, outputs
+
+import fastddpm_kernels as fk
+from fastddpm_kernels import OPS, Case, Stream
+
+if not fk.HAS_TRITON:
+    pytest.skip("needs triton", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from fastddpm_kernels import draws, launch, tiles
+from fastddpm_kernels._triton import interpreting
+from fastddpm_kernels.tiles import TWO_LN_2, normal_pair, philox
+
+
+@triton.jit
+def _words_kernel(counters_ptr, words_ptr, seed_low, seed_high, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """words[k] = Philox of counters[k], both [4, SIZE] int64."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c0 = tl.load(counters_ptr + offs).to(tl.uint32)
+    c1 = tl.load(counters_ptr + SIZE + offs).to(tl.uint32)
+    c2 = tl.load(counters_ptr + 2 * SIZE + offs).to(tl.uint32)
+    c3 = tl.load(counters_ptr + 3 * SIZE + offs).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, seed_low.to(tl.uint32), seed_high.to(tl.uint32))
+    tl.store(words_ptr + offs, w0.to(tl.int64))
+    tl.store(words_ptr + SIZE + offs, w1.to(tl.int64))
+    tl.store(words_ptr + 2 * SIZE + offs, w2.to(tl.int64))
+    tl.store(words_ptr + 3 * SIZE + offs, w3.to(tl.int64))
+
+
+@triton.jit
+def _pairs_kernel(words_ptr, normals_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
+    """normals [2, SIZE] of word pairs [2, SIZE] int64."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    word_0 = tl.load(words_ptr + offs).to(tl.uint32)
+    word_1 = tl.load(words_ptr + SIZE + offs).to(tl.uint32)
+    first, second = normal_pair(word_0, word_1, TWO_LN_2, FAST)
+    tl.store(normals_ptr + offs, first)
+    tl.store(normals_ptr + SIZE + offs, second)
+
+
+def exact_pairs(words: torch.Tensor) -> torch.Tensor:
+    """The defining formula in float64."""
+    radius = (-2.0 * ((words[0].double() + 0.5) * 2.0**-32).log()).sqrt()
+    theta = words[1].double() * (2.0 * math.pi * 2.0**-32)
+    return torch.stack((radius * theta.cos(), radius * theta.sin()))
+
+
+def edge_words(size: int) -> torch.Tensor:
+    """Pairs whose first word is near 0 or near 2^32 (u_1 near 1, where the logarithm's sign is at risk)."""
+    generator = torch.Generator().manual_seed(0)
+    near_0 = torch.arange(size // 2)
+    return torch.stack((torch.cat((near_0, 2**32 - 1 - near_0)), torch.randint(2**32, (size,), generator=generator)))
+
+
+def test_words_are_exact() -> None:
+    size, block = (1 << 20, 1024) if DEVICE == "cuda" else (4096, 4096)
+    counters = torch.randint(2**32, (4, size), generator=torch.Generator().manual_seed(0))
+    counters[:, 0], counters[:, 1] = 0, 2**32 - 1
+    for seed in (0, 2**63 - 1, 0x299F31D0A4093822):
+        words = torch.zeros(4, size, dtype=torch.int64, device=DEVICE)
+        low, high = (word - (word >> 31 << 32) for word in (seed & 0xFFFFFFFF, seed >> 32))
+        _words_kernel[(size // block,)](counters.to(DEVICE), words, low, high, SIZE=size, BLOCK=block)
+        assert torch.equal(words.cpu(), torch.stack(fk.philox_words(seed, *counters)))
+
+
+def test_normals_at_the_edges() -> None:
+    """Finite and within tolerance for the smallest and largest first words; nowhere NaN."""
+    size, block = 8192, (1024 if DEVICE == "cuda" else 8192)
+    words = edge_words(size)
+    made = torch.empty(2, size, device=DEVICE)
+    _pairs_kernel[(size // block,)](
+        words.to(DEVICE), made, SIZE=size, BLOCK=block, FAST=launch.is_fast(torch.device(DEVICE))
+    )
+    assert bool(made.isfinite().all())
+    assert (made.cpu().double() - exact_pairs(words)).abs().max() < FAST_WORST
+
+
+def test_constants_of_the_sine_assembly() -> None:
+    """The assembly's arithmetic, redone here with its own constants: the angle is that of the word to 1e-6."""
+    assembly = tiles.SIN_COS_ASM.value
+    turn, shift = (
+        struct.unpack("<f", struct.pack("<I", int(c, 16)))[0] for c in re.findall(r"0f([0-9A-F]{8})", assembly)
+    )
+    high, distance = map(int, re.findall(r"shf\.r\.wrap\.b32 bits, \$2, (\d+), (\d+);", assembly)[0])
+    words = torch.cat((torch.randint(2**32, (100_000,)), torch.tensor([0, 1, 2**31, 2**32 - 1])))
+    bits = ((high << 32 | words) >> distance) & 0xFFFFFFFF
+    fraction = bits.to(torch.int32).view(torch.float32).double()
+    angle = (fraction * turn + shift).float().double()
+    assert angle.abs().max() <= math.pi + 1e-6, "sin.approx is accurate within [-pi, pi]"
+    error = torch.remainder(angle + math.pi - words * (2 * math.pi * 2.0**-32) + 1.0, 2 * math.pi) - 1.0
+    assert error.abs().max() < 1e-6
+
+
+def test_constants_of_the_byte_assembly() -> None:
+    """Each selector moves its byte to bits 16-23, which reads as byte * 2^-133."""
+    for k, assembly in enumerate((tiles.BYTE_0_ASM, tiles.BYTE_1_ASM, tiles.BYTE_2_ASM, tiles.BYTE_3_ASM)):
+        selector = int(re.findall(r"prmt\.b32 \$0, \$1, 0, 0x([0-9a-f]{4});", assembly.value)[0], 16)
+        for byte in range(256):
+            source = [0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0]
+            source[k] = byte
+            moved = bytes(source[selector >> 4 * i & 7] for i in range(4))
+            assert struct.unpack("<f", moved)[0] == byte * 2.0**-133
+
+
+@pytest.mark.gpu
+def test_interpreter_is_off() -> None:
+    assert not interpreting()
+    assert not fk.draw_normal(torch.arange(2, device="cuda"), (1, 2, 2), seed=0, stream=Stream.EPS).is_cpu
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_many_normals(channels_last: bool) -> None:
+    ordinals = torch.arange(512)
+    kwargs: dict[str, Any] = {
+        "shape": (3, 64, 64),
+        "seed": 2**62 + 3,
+        "stream": Stream.X_T,
+        "channels_last": channels_last,
+    }
+    made = fk.draw_normal(ordinals.cuda(), **kwargs).cpu().double()
+    error = (made - fk.draw_normal_reference(ordinals, **kwargs, dtype=torch.float64)).abs()
+    assert error.max() < FAST_WORST
+    assert (error < FAST_USUAL).double().mean() > FAST_SHARE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("width", [16, 20, 7])
+def test_every_byte(channels_last: bool, width: int) -> None:
+    """Without noise, x_t is the normalised image to the last bits: no denormal was flushed, no pixel misplaced."""
+    x_0 = (torch.arange(2 * 3 * 16 * width, device="cuda") * 7 % 256).to(torch.uint8).view(2, 3, 16, width)
+    x_0 = x_0.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    one, zero = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
+    index, flip = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.tensor([True, False], device="cuda")
+    exact = x_0.double() / 127.5 - 1.0
+    exact[0] = exact[0].flip(-1)
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+        x_t = fk.add_noise(x_0, index, index, one, zero, seed=0, flip=flip, dtype=dtype)
+        assert (x_t.double() - exact).abs().max() <= tolerance
+
+
+@pytest.mark.gpu
+def test_cuda_graph_draws_new_noise() -> None:
+    """All ops are captured, nothing synchronises, and a replay reads ordinals, row and scale from the device."""
+    case = Case((4, 3, 16, 16), torch.bfloat16, True, "cuda")
+    calls = {name: op.example(Case(**{**case.__dict__, "variant": op.variants[0]})) for name, op in OPS.items()}
+
+    def run() -> dict[str, tuple[torch.Tensor, ...]]:
+        with torch.no_grad():
+            return {name: outputs(OPS[name].public(**kwargs)) for name, kwargs in calls.items()}
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            captured = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for kwargs in calls.values():
+        if "ordinals" in kwargs:
+            kwargs["ordinals"] += 4
+    calls["reverse_step"]["row"] += 1
+    calls["diffusion_loss_and_grad"]["grad_scale"] *= 3
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, results in run().items():
+        for replayed, eager in zip(captured[name], results, strict=True):
+            assert torch.equal(replayed, eager), name
+
+
+@pytest.mark.gpu
+def test_a_new_seed_compiles_nothing() -> None:
+    ordinals = torch.arange(4, device="cuda")
+
+    def draw(seed: int, step: int | None) -> None:
+        fk.draw_normal(ordinals, (3, 24, 24), seed=seed, stream=Stream.Z, step=step)
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for caches in draws._draw_normal_kernel.device_caches.values())
+
+    draw(0, 0)
+    count = compiled()
+    for seed in (1, 16, 2**31, 2**32, 2**63 - 1):
+        for step in (0, 1, 16, 2**32 - 1):
+            draw(seed, step)
+    assert compiled() == count
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_31_elements() -> None:
+    """Offsets of later samples do not fit 32 bits; the last sample equals itself alone."""
+    num_samples, shape = 2**31 // (3 * 256 * 256) + 2, (3, 256, 256)
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    ordinals = torch.arange(num_samples, device="cuda")
+    noise = fk.draw_normal(ordinals, shape, seed=1, stream=Stream.X_T, dtype=torch.bfloat16)
+    alone = fk.draw_normal(ordinals[-1:], shape, seed=1, stream=Stream.X_T, dtype=torch.bfloat16)
+    assert torch.equal(noise[-1:], alone)
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_see_the_same_run() -> None:
+    ordinals = torch.arange(1000) * 2**33
+    for a, b in zip(
+        fk.draw_timesteps(ordinals, 1000, seed=7), fk.draw_timesteps(ordinals.cuda(), 1000, seed=7), strict=True
+    ):
+        assert torch.equal(a, b.cpu())
+    x = torch.ones(4, 6, 5, 5)
+    kwargs: dict[str, Any] = {"p": 0.1, "layer": 3, "seed": 7}
+    assert torch.equal(
+        fk.dropout(x, ordinals=ordinals[:4], **kwargs),
+        fk.dropout(x.cuda(), ordinals=ordinals[:4].cuda(), **kwargs).cpu(),
+    )
+
+
+@pytest.mark.multi_gpu
+def test_launches_where_the_tensors_are() -> None:
+    ordinals = torch.arange(2)
+    kwargs: dict[str, Any] = {"shape": (3, 8, 8), "seed": 1, "stream": Stream.EPS}
+    assert torch.equal(
+        fk.draw_normal(ordinals.to("cuda:1"), **kwargs).cpu(), fk.draw_normal(ordinals.to("cuda:0"), **kwargs).cpu()
+    )
