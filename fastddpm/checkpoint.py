@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
@@ -122,8 +128,7 @@ class Checkpoints:
         """Committed checkpoints, oldest first, verified or not."""
         if not self.folder.is_dir():
             return []
-        found = [(int(m[1]), path) for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
     def save(self, state: State) -> Path:
         """Commit a checkpoint and prune older ones; returns its folder.
@@ -160,15 +165,21 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"checkpoint {target} cannot be written: {error}") from error
-        self._prune()
+        self._prune(state.step)
         return target
 
-    def _prune(self) -> None:
-        for path in self.all()[: -self.keep]:
+    def _prune(self, newest: int) -> None:
+        """Delete all but the last `keep` up to step `newest`."""
+        for path in [path for path in self.all() if _step_of(path) <= newest][: -self.keep]:
             # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
             path.rename(doomed := self.folder / f".old-{os.getpid()}-{next(_ATTEMPT)}")
             shutil.rmtree(doomed, ignore_errors=True)
         self.sweep()
+
+    def set_aside(self, paths: Iterable[Path]) -> None:
+        """Rename checkpoints that do not verify, so that they neither count nor are lost."""
+        for path in paths:
+            path.rename(path.with_name(f"refused-{path.name}-{uuid.uuid4().hex[:4]}"))
 
     def sweep(self) -> None:
         """Delete what killed processes left half written or half deleted."""
@@ -182,6 +193,8 @@ class Checkpoints:
             manifest: dict[str, str] = json.loads((path / "manifest.json").read_text())
         except (OSError, ValueError) as error:
             return f"its manifest cannot be read: {error}"
+        if not isinstance(manifest, dict):
+            return "its manifest is not a table of files"
         for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
             if name not in manifest:
                 return f"its manifest does not name {name}"
@@ -193,23 +206,24 @@ class Checkpoints:
                 return f"{name} cannot be read: {error}"
         return None
 
-    def newest(self) -> tuple[Path, list[str]] | None:
-        """The newest checkpoint that verifies and a line for each newer one that does not; None if there are none.
+    def newest(self) -> tuple[Path, dict[Path, str]] | None:
+        """The newest checkpoint that verifies, and the newer ones that do not with why; None if there are none.
 
         Raises:
             CheckpointError: if there are some but none verifies: starting again at step 0 would throw a run away.
         """
-        refused: list[str] = []
+        refused: dict[Path, str] = {}
         found = self.all()
         for path in reversed(found):
             reason = self.verify(path)
             if reason is None:
                 return path, refused
-            refused.append(f"{path}: {reason}")
+            refused[path] = reason
         if not found:
             return None
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in refused.items())
         raise CheckpointError(
-            f"no checkpoint can be trusted ({'; '.join(refused)}); restore one, or choose another --run to start afresh"
+            f"no checkpoint can be trusted ({reasons}); restore one, or choose another --run to start afresh"
         )
 
     def load(self, path: Path) -> State:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -80,7 +81,8 @@ def _message(raw: str) -> str:
     else:  # a terminal without box characters: the title has a rule of its own
         start, rules = (rules[0] + 1, rules[1:]) if rules else (0, [])
     body = lines[start : rules[0] if rules else None]
-    return re.sub(r"\s+", " ", " ".join(part for part in body if part)) or "the options cannot be read"
+    message = re.sub(r"\[/?bold\]", "", " ".join(part for part in body if part))
+    return re.sub(r"\s+", " ", message) or "the options cannot be read"
 
 
 def _unknown(message: str, valid: list[str]) -> str:
@@ -103,7 +105,7 @@ def parse(kind: type[T], args: list[str], prog: str, default: T | None, valid: l
         ConfigError: naming the option and what is valid.
     """
     # --no-a.b is accepted beside tyro's own --a.no-b.
-    args = [re.sub(r"^--no-((?:\w|-)+\.)", r"--\1no-", a) for a in args]
+    args = [re.sub(r"^--no[-_]((?:\w|-)+\.)", r"--\1no-", a) for a in args]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -122,7 +124,7 @@ def parse(kind: type[T], args: list[str], prog: str, default: T | None, valid: l
 def _preset_of(args: list[str]) -> str:
     """The value of --preset, which is read before anything else because it supplies the defaults."""
     name = "cifar10"
-    for here, following in zip(args, [*args[1:], None], strict=True):
+    for here, following in itertools.zip_longest(args, args[1:]):
         if here == "--preset":
             if following is None:
                 raise ConfigError(f"--preset needs a name: valid are {', '.join(PRESETS)}")
@@ -134,13 +136,17 @@ def _preset_of(args: list[str]) -> str:
 
 def train(args: list[str]) -> int:
     """`fastddpm train`."""
+    if not args:
+        raise ConfigError(f"train needs a preset: --preset {', '.join(PRESETS)}; train --help shows every option")
     base = preset(_preset_of(args))
     valid = [name.replace("_", "-") for name in flatten(dataclasses.asdict(base))] + ["dry-run"]
     command = parse(TrainCommand, args, "fastddpm train", TrainCommand(base), valid)
     if command.dry_run:
         from .dryrun import describe
 
-        print(describe(command.config))
+        text = describe(command.config, int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            print(text)
         return 0
     from .trainer import Trainer
 
@@ -197,11 +203,38 @@ def main(argv: list[str] | None = None) -> int:
     except FastDDPMError as error:
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{prefix}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{prefix}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return ConfigError.exit_code
+    except MemoryError:
+        print(f"{prefix}: error: {_OUT_OF_MEMORY}", file=sys.stderr)
+        return ConfigError.exit_code
+    except RuntimeError as error:
+        message = _known(error)
+        if message is None:
+            raise
+        print(f"{prefix}: error: {message}", file=sys.stderr)
+        return ConfigError.exit_code if message == _OUT_OF_MEMORY else 1
     finally:
         _leave()
+
+
+_OUT_OF_MEMORY = "out of memory: lower --batch-size, raise --accumulation, or take a smaller model"
+
+
+def _known(error: RuntimeError) -> str | None:
+    """One line for what a user can act on: no memory, and a collective broken off because another rank ended."""
+    torch: Any = sys.modules["torch"]
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return _OUT_OF_MEMORY
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    words = ("gloo", "NCCL", "nccl", "closed by peer", "Connection reset", "Broken pipe")
+    if several and (isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)):
+        return "another process ended first: its own message says why"
+    return None
 
 
 def _leave() -> None:

@@ -5,9 +5,11 @@ A preset is a whole Config; adding an experiment is adding a line to PRESETS.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .data import DataConfig
@@ -170,6 +172,10 @@ class Config:
         Raises:
             ConfigError: naming the field, its value and its range.
         """
+        for name, value in flatten(to_dict(self)).items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ConfigError(f"{name} is {value}: it must be a finite number")
         optim = self.optim
         checks = (
             ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
@@ -239,6 +245,8 @@ def from_dict(kind: type[T], tree: dict[str, Any], where: str = "") -> T:
         ConfigError: if a field is not one of the dataclass (names the valid ones).
     """
     hints = typing.get_type_hints(kind)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where.rstrip('.') or 'the config'} is {tree!r}: it must be a table of {', '.join(hints)}")
     unknown = [key for key in tree if key not in hints]
     if unknown:
         raise ConfigError(f"unknown field {where}{unknown[0]}: valid are {', '.join(hints)}")
@@ -258,6 +266,37 @@ def differences(stored: Config, wanted: Config) -> list[str]:
         for name in sorted(a.keys() | b.keys())
         if name not in RUNTIME_FIELDS and a.get(name) != b.get(name)
     ]
+
+
+def read_facts(run: Path) -> dict[str, Any] | None:
+    """RUN/config.json: "config", "versions" and "num_images"; None if there is none yet.
+
+    Raises:
+        ConfigError: if it is not one of ours.
+    """
+    path = run / "config.json"
+    try:
+        facts = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise ConfigError(f"{path} is not the config of a fastddpm run; choose another --run")
+    return facts
+
+
+def read_config(run: Path) -> Config | None:
+    """The config stored in a run folder, or None if there is none yet.
+
+    Raises:
+        ConfigError: if RUN/config.json is not one of ours, or has fields this version does not know.
+    """
+    facts = read_facts(run)
+    try:
+        return None if facts is None else from_dict(Config, facts["config"])
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(f"{run / 'config.json'}: {error}") from error
 
 
 PRESETS: dict[str, Config] = {

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +51,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+_HELD: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: loader processes outlive a killed trainer by seconds and must not hold its lock."""
+    for handle in list(_HELD):
+        handle.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def expand(path: str) -> Path:
+    """A user's path with ~ expanded where there is such a user."""
+    return Path(os.path.expanduser(path))
+
+
 def lock_folder(path: Path) -> IO[str]:
     """Hold a folder for this process until the returned file is closed or the process ends, however it ends.
 
@@ -68,6 +87,7 @@ def lock_folder(path: Path) -> IO[str]:
         ) from None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: nobody is kept out, as before
+    _HELD.add(handle)
     return handle
 
 

@@ -17,7 +17,7 @@ class Drawn:
     """Samples as 8-bit pictures."""
 
     images: np.ndarray
-    """uint8 [N, H, W, C], in order of image number, the same on all ranks."""
+    """uint8 [N, H, W, C], in order of image number; empty on ranks other than 0."""
     film: np.ndarray
     """uint8 [F, n, H, W, C]: the first n images from x_T (first frame) to x_0 (last); empty on ranks other than 0."""
 
@@ -32,7 +32,7 @@ def draw_images(
     num_film: int = 0,
     progress: bool = False,
 ) -> Drawn:
-    """Draw images 0 .. num - 1 of the sampler's seed, each rank an equal share of them, and gather them on all ranks.
+    """Draw images 0 .. num - 1 of the sampler's seed, each rank an equal share of them, and gather them on rank 0.
 
     Args:
         shape: (C, H, W) of one image.
@@ -46,35 +46,39 @@ def draw_images(
     share = -(-num // world)
     num_steps = len(sampler.timesteps)
     bar = make_bar("sampling", "steps", share * num_steps, enabled=progress)
-    parts: list[torch.Tensor] = []
-    film: list[torch.Tensor] = []
+    images = np.empty((world * share if rank == 0 else 0, *shape[1:], shape[0]), np.uint8)
+    films: list[torch.Tensor] = []
     with bar:
         for start in range(0, share, batch_size):
             numbers = rank * share + torch.arange(start, min(start + batch_size, share))
-            if rank == 0 and start == 0 and num_film:
-                x_0, film = _filmed(sampler, numbers, shape, device, min(num_film, num), bar)
+            filmed = min(num_film, num) - start if rank == 0 else 0
+            if filmed > 0:
+                x_0, film = _filmed(sampler, numbers, shape, device, filmed, bar)
+                films.append(film)
             else:
                 x_0 = sampler.sample(numbers, shape, device, callback=lambda i, t, x: bar.update(len(x)))
-            parts.append(to_uint8(x_0))
-    images = torch.cat(parts)
-    if several:
-        gathered = torch.empty((world * share, *images.shape[1:]), dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(gathered, images)
-        images = gathered
-    movie = torch.stack(film).cpu().numpy() if film else np.empty((0, 0, *images.shape[1:]), np.uint8)
-    return Drawn(images[:num].cpu().numpy(), movie)
+            parts = [to_uint8(x_0)]
+            if several:  # batch by batch to the host of rank 0, so that no device holds all images
+                everyone = torch.empty((world * len(numbers), *parts[0].shape[1:]), dtype=torch.uint8, device=device)
+                dist.all_gather_into_tensor(everyone, parts[0])
+                parts = list(everyone.chunk(world))
+            if rank == 0:
+                for owner, part in enumerate(parts):
+                    first = owner * share + start
+                    images[first : first + len(part)] = part.cpu().numpy()
+    movie = torch.cat(films, 1).cpu().numpy() if films else np.empty((0, 0, *images.shape[1:]), np.uint8)
+    return Drawn(images[:num], movie)
 
 
 def _filmed(
     sampler: Sampler, numbers: torch.Tensor, shape: tuple[int, int, int], device: torch.device, num: int, bar: tqdm
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One batch of images, and 8-bit copies of the first `num` at evenly spaced steps, x_T and x_0 among them."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch of images, and 8-bit copies [F, n, H, W, C] of its first `num` at evenly spaced steps."""
     wanted = set(film_steps(len(sampler.timesteps)))
     frames = []
     for step in sampler.steps(numbers, shape, device):
         if step.i in wanted:
-            frames.append(to_uint8(step.x_t[:num]))
+            frames.append(step.x_t[:num])
         bar.update(len(numbers))
-    # The last step returns its x_0_hat, in both samplers.
-    frames.append(to_uint8(step.x_0_hat[:num]))
-    return step.x_0_hat, frames
+    frames.append(step.x_0_hat[:num])  # in both samplers the last step returns its x_0_hat
+    return step.x_0_hat, torch.stack([to_uint8(frame) for frame in frames])

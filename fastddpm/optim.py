@@ -43,6 +43,17 @@ def ema_decay(config: EMAConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """average <- decay * average + (1 - decay) * weight, over all tensors in a few kernels, without a host sync."""
-    torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)
+def update_ema(
+    averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float, applied: Tensor | None = None
+) -> None:
+    """average <- decay * average + (1 - decay) * weight, over all tensors in a few kernels, without a host sync.
+
+    Args:
+        applied: bool scalar on the device; where it is False (fp16's loss scale skipped the step) nothing changes.
+    """
+    if applied is None:
+        torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)
+        return
+    change = torch._foreach_sub(list(weights), list(averages))
+    torch._foreach_mul_(change, torch.where(applied, 1.0 - decay, 0.0))
+    torch._foreach_add_(list(averages), change)

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import load_into, read_safetensors
+from .config import Config, read_config
 from .diffusion import NoiseSchedule, ProcessConfig, from_diffusers_scheduler, to_diffusers_scheduler
 from .errors import CheckpointError, ConfigError
-from .files import replace_file, write_json
+from .files import expand, replace_file, write_json
 from .unet import UNet, UNetConfig, convert_old_keys
 
 # The layout of these files has not changed since this version of diffusers.
@@ -70,22 +71,49 @@ def load_pipeline(source: str, device: torch.device | str = "cpu") -> Pipeline:
         ConfigError: if the model or the scheduler uses something that is not supported.
     """
     root = _locate(source)
+    run = _run_config(root)
+    if run is not None and not (root / "model_index.json").is_file():
+        raise CheckpointError(f"{source} has no weights yet: they are written at the run's first save")
     model_folder = root / "unet" if (root / "unet").is_dir() else root
     facts = _read_config(model_folder / "config.json", source)
     name = facts.get("_class_name", "UNet2DModel")
     if name != "UNet2DModel":
         raise ConfigError(f"{source} holds a {name}; only UNet2DModel can be loaded")
-    unet = UNet(UNetConfig.from_diffusers(facts))
+    try:
+        config = UNetConfig.from_diffusers(facts)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{model_folder / 'config.json'} has a value of the wrong kind: {error}") from error
+    unet = UNet(config)
     load_into(unet, convert_old_keys(_read_weights(model_folder, source)), f"{model_folder} (its weights)")
-    scheduler = next(
-        (p for p in (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json") if p.is_file()), None
-    )
-    process, schedule = from_diffusers_scheduler(_read_config(scheduler, source) if scheduler else {})
-    return Pipeline(unet.eval().requires_grad_(False).to(device), process, schedule)
+    if run is not None:
+        process = run.diffusion
+        schedule = process.noise_schedule()
+    else:
+        process, schedule = _read_scheduler(root, source)
+    # Gradients stay on: autocast keeps the cast of a weight for the next step only where they are.
+    return Pipeline(unet.eval().to(device), process, schedule)
+
+
+def _run_config(root: Path) -> Config | None:
+    """The config of a run folder; None for a folder of anyone else's."""
+    try:
+        facts = json.loads((root / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return read_config(root) if isinstance(facts, dict) and "config" in facts and "versions" in facts else None
+
+
+def _read_scheduler(root: Path, source: str) -> tuple[ProcessConfig, NoiseSchedule]:
+    places = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
+    path = next((place for place in places if place.is_file()), None)
+    try:
+        return from_diffusers_scheduler(_read_config(path, source) if path else {})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} has a value of the wrong kind: {error}") from error
 
 
 def _locate(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_dir():
         if any((path / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json")):
             return path
@@ -110,8 +138,8 @@ def _read_config(path: Path, source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source}: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{source}: {path} is not JSON: {error}") from error
-    if not isinstance(value, dict) or ("_class_name" not in value and "versions" in value):
-        raise CheckpointError(f"{source} has no weights yet: they are written at the run's first save")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source}: {path} is not a table of settings")
     return value
 
 
@@ -133,5 +161,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
             loaded = torch.load(legacy, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises several kinds for a damaged or a hostile file
             raise CheckpointError(f"{legacy} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error
-        return dict(loaded)
+        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise CheckpointError(f"{legacy} is not a table of tensors")
+        return loaded
     raise CheckpointError(f"{source} has no {WEIGHTS}.safetensors and no {WEIGHTS}.bin in {folder}")

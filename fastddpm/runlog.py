@@ -1,6 +1,7 @@
 """What a run says while it runs: RUN/log.jsonl for programs, a progress bar or plain lines on stderr for people."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -34,9 +35,10 @@ class RunLog:
             return float("inf")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; numbers that are not finite, which JSON does not have, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.path.open("a") as handle:
-            handle.write(json.dumps(record) + "\n")
+            handle.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """All lines, oldest first."""

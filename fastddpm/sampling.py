@@ -3,11 +3,10 @@
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
-from .files import writable_folder
+from .files import expand, writable_folder
 from .generate import draw_images
 from .pictures import filmstrip, grid, save_picture, save_samples
 from .pipeline import load_pipeline
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from .cli import SampleCommand
 
 FILM_IMAGES = 8
+GRID_IMAGES = 256  # a picture of more is larger than a viewer takes
 
 
 def run_sample(command: "SampleCommand") -> int:
@@ -32,10 +32,9 @@ def run_sample(command: "SampleCommand") -> int:
             raise ConfigError(f"--{name} is {value}: it must be at least 1")
     if not 0 <= command.seed < 2**63:
         raise ConfigError(f"--seed is {command.seed}: it must be in 0 .. 2^63 - 1")
-    out = writable_folder(Path(command.out).expanduser(), "output folder")
+    out = writable_folder(expand(command.out), "output folder")
     acc = make_accelerator(command.precision)
-    with acc.main_process_first():
-        pipeline = load_pipeline(command.source, acc.device)
+    pipeline = load_pipeline(command.source, acc.device)
     process, model = pipeline.process, pipeline.unet.config
     sampler = Sampler(
         pipeline.unet,
@@ -68,7 +67,7 @@ def run_sample(command: "SampleCommand") -> int:
     print(f"{command.num} images in {seconds:.1f} s ({command.num / seconds:.2f} images/s)", file=sys.stderr)
     save_samples(drawn.images, out / "samples.npz")
     save_picture(filmstrip(drawn.film), out / "filmstrip.png")
-    save_picture(grid(drawn.images), out / "grid.png")
+    save_picture(grid(drawn.images[:GRID_IMAGES]), out / "grid.png")
     print(f"grid       {out / 'grid.png'}")
     print(f"filmstrip  {out / 'filmstrip.png'}  (x_T on the left, x_0 on the right)")
     print(f"samples    {out / 'samples.npz'}  (arr_0, uint8 {list(drawn.images.shape)})")

@@ -7,7 +7,6 @@ flips, noise and dropout are addressed by the position of a sample, learning rat
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -20,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
 from .checkpoint import Checkpoints, State, load_into, load_optimizer, optimizer_tensors
-from .config import Config, differences, flatten, from_dict, to_dict
+from .config import Config, differences, flatten, read_config, read_facts, to_dict
 from .data import Batch, ImageData, open_data, resolve_source
 from .diffusion import TrainingProcess
 from .errors import CheckpointError, ConfigError, DataError, NumericsError
-from .files import lock_folder, writable_folder, write_json
+from .files import expand, lock_folder, writable_folder, write_json
 from .generate import draw_images
 from .interrupt import StopRequest
 from .optim import ema_decay, learning_rate, make_optimizer, update_ema
@@ -41,6 +40,7 @@ from .samplers import Sampler
 from .unet import UNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU)
 # Below this fp16's loss scale has stopped protecting anything: gradients overflow at every scale.
 SMALLEST_SCALE = 2.0**-10
 
@@ -58,6 +58,10 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     accelerator = Accelerator(mixed_precision=mixed, **kwargs)
     if precision == "fp16" and accelerator.device.type in ("cpu", "mps"):
         raise ConfigError(f"precision fp16 needs a GPU; on {accelerator.device.type} use bf16 or fp32")
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"distributed type {accelerator.distributed_type.value} is not supported: use one of the files in launch/"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and accelerator.num_processes == 1:
         raise ConfigError(
@@ -102,16 +106,17 @@ class Trainer:
         self.run = writable_folder(_run_folder(config), "run folder")
         self._lock = lock_folder(self.run) if acc.is_main_process else None
         self.config = resolve(config, self.run)
-        acc.wait_for_everyone()  # everyone has compared with the stored config before it is replaced
-
-        with acc.main_process_first():
-            self.data: ImageData = open_data(
-                self.config.data, self.config.model.image_size, self.config.model.in_channels
-            )
+        for name in ("checkpoints", "unet", "scheduler", "samples"):  # a refusal now, not at the first save
+            writable_folder(self.run / name, "run folder")
+        # On all ranks at once: datasets locks its cache, and a rank that waits for a file is not in a collective that
+        # times out while another prepares a large set.
+        model = self.config.model
+        self.data: ImageData = open_data(self.config.data, model.image_size, model.in_channels)
+        self.checkpoints = Checkpoints(self.run, self.config.keep)
         self._check_data()
         self.unet = UNet(self.config.model, seed=self.config.seed)
         self.unet.to(acc.device)
-        self.ema_unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.ema_unet = copy.deepcopy(self.unet).eval()
         self.names = [name for name, _ in self.unet.named_parameters()]
         self.weights = list(self.unet.parameters())
         self.averages = list(self.ema_unet.parameters())
@@ -120,7 +125,6 @@ class Trainer:
             self.schedule, self.config.diffusion.prediction, seed=self.config.seed, flip=self.config.data.flip
         )
         self.model, self.optimizer = acc.prepare(self.unet, make_optimizer(self.config.optim, self.weights))
-        self.checkpoints = Checkpoints(self.run, self.config.keep)
         self.log = RunLog(self.run)
         self.step = 0
         # Weight of one image in this process's mean; on the device, where the loss kernel reads it.
@@ -134,7 +138,7 @@ class Trainer:
 
     def _check_data(self) -> None:
         """The order is a function of the number of images: a set that has grown since the first start is refused."""
-        stored = read_facts(self.run)
+        stored = read_facts(self.run) if self.checkpoints.all() else None
         if stored is not None and stored.get("num_images") != self.data.num_images:
             raise DataError(
                 f"{self.config.data.source} has {self.data.num_images} images and had {stored.get('num_images')} when "
@@ -143,14 +147,20 @@ class Trainer:
 
     def _resume(self) -> None:
         newest = self.checkpoints.newest()
+        refused: dict[Path, str] = {}
         if newest is not None:
             path, refused = newest
-            for line in refused:
-                self.say(f"warning: not used: {line}")
+            for newer, reason in refused.items():
+                self.say(f"warning: not used: {newer}: {reason}")
             self._restore(self.checkpoints.load(path), path)
             self.say(f"going on at step {self.step} from {path}")
-        self.accelerator.wait_for_everyone()
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:  # also a barrier: everyone has read the stored config before it is replaced
+            raise CheckpointError(f"the processes found different checkpoints (steps {steps}): is {self.run} shared?")
+        if self.config.steps > self._horizon and self.config.optim.decay != "constant":
+            self.say(f"warning: the learning rate is 0 from step {self._horizon} (optim.horizon) on")
         if self.accelerator.is_main_process:
+            self.checkpoints.set_aside(refused)
             self.checkpoints.sweep()
             self.log.rewind(self.step)
             facts = {"versions": versions(), "num_images": self.data.num_images, "config": to_dict(self.config)}
@@ -171,6 +181,10 @@ class Trainer:
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.step = state.step
+
+    @property
+    def _horizon(self) -> int:
+        return self.config.optim.horizon or self.config.steps
 
     def say(self, message: str) -> None:
         """A line on stderr, from rank 0."""
@@ -228,7 +242,7 @@ class Trainer:
             progress.close()
             if config.trackers:
                 acc.end_training()
-        return not stopped
+        return self.step >= config.steps
 
     def _batches(self) -> Generator[Batch, None, None]:
         acc, config = self.accelerator, self.config
@@ -247,7 +261,7 @@ class Trainer:
     def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", logged: bool) -> dict[str, Any] | None:
         """One optimiser step over accumulation micro-batches; the log record if this step is logged."""
         config, acc = self.config, self.accelerator
-        lr = learning_rate(config.optim, self.step, config.optim.horizon or config.steps)
+        lr = learning_rate(config.optim, self.step, self._horizon)
         self.optimizer.param_groups[0]["lr"] = lr
         grad_scale = self.share if acc.scaler is None else acc.scaler.scale(self.share)
         sums = []
@@ -265,8 +279,9 @@ class Trainer:
             self.first_bad_step = torch.where(known, self.first_bad_step, self.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if not acc.optimizer_step_was_skipped:
-            update_ema(self.averages, self.weights, ema_decay(config.ema, self.step))
+        # torch's fused Adam obeys the loss scale's verdict on the device, so that nothing on the host knows of it.
+        applied = None if acc.scaler is None else torch.isfinite(norm)
+        update_ema(self.averages, self.weights, ema_decay(config.ema, self.step), applied)
         if not logged:
             return None
         # Only here does the host wait for the device.
@@ -321,6 +336,9 @@ class Trainer:
     def save(self) -> None:
         """Commit a checkpoint, then replace the pipeline files with the current averages. Called on all ranks."""
         self._check_numerics()
+        norms = torch._foreach_norm([*self.averages, *self.weights])
+        if not torch.stack(norms).isfinite().all():
+            raise NumericsError(f"the weights of step {self.step} are not finite; they are not saved: lower optim.lr")
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = State(
@@ -397,7 +415,7 @@ class _Clock:
 
 
 def _run_folder(config: Config) -> Path:
-    return Path(config.run or f"runs/{config.preset}").expanduser()
+    return expand(config.run or f"runs/{config.preset}")
 
 
 def _trackers(names: tuple[str, ...]) -> list[str] | None:
@@ -409,41 +427,13 @@ def _trackers(names: tuple[str, ...]) -> list[str] | None:
     return list(names) or None
 
 
-def read_facts(run: Path) -> dict[str, Any] | None:
-    """RUN/config.json: "config", "versions" and "num_images"; None if there is none yet.
-
-    Raises:
-        ConfigError: if it is not one of ours.
-    """
-    path = run / "config.json"
-    try:
-        facts = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise ConfigError(f"{path} is not the config of a fastddpm run; choose another --run")
-    return facts
-
-
-def read_config(run: Path) -> Config | None:
-    """The config stored in a run folder, or None if there is none yet.
-
-    Raises:
-        ConfigError: if RUN/config.json is not one of ours.
-    """
-    facts = read_facts(run)
-    return None if facts is None else from_dict(Config, facts["config"])
-
-
 def resolve(config: Config, run: Path) -> Config:
     """Fill what depends on the machine or on the run folder: absolute source, and the horizon of the first start.
 
     Raises:
         ConfigError: if the folder holds a run of another config (lists every field that differs).
     """
-    stored = read_config(run)
+    stored = read_config(run) if Checkpoints(run).all() else None  # a start that saved nothing binds nothing
     horizon = config.optim.horizon or (stored.optim.horizon if stored else None) or config.steps
     config = dataclasses.replace(
         config,
@@ -452,14 +442,22 @@ def resolve(config: Config, run: Path) -> Config:
         optim=dataclasses.replace(config.optim, horizon=horizon),
     )
     if stored is not None and (changed := differences(stored, config)):
-        raise ConfigError(f"{run} is a run of another config ({'; '.join(changed)}): use these values or another --run")
+        preset = f"it was started with --preset {stored.preset}; " if stored.preset != config.preset else ""
+        raise ConfigError(
+            f"{run} is a run of another config ({preset}{'; '.join(changed)}): use these values or another --run"
+        )
     return config
 
 
 def versions() -> dict[str, str]:
     """Versions of what a run depends on."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for name in ("fastddpm", "torch", "triton", "accelerate", "datasets", "numpy", "pillow", "safetensors"):
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in (
+        *("fastddpm", "torch", "triton", "accelerate", "datasets", "einops", "huggingface-hub", "numpy", "pillow"),
+        *("pyarrow", "safetensors", "tyro"),
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

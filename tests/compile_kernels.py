@@ -73,10 +73,10 @@ CONFIGURATIONS = (
     Configuration("noise bf16 to bf16, flip, nhwc", "add_noise", "float-flip"),
     Configuration("noise uint8 to bf16, flip, odd", "add_noise", "uint8-flip", shape=ODD),
     Configuration("loss eps, nhwc", "diffusion_loss_and_grad", "eps"),
-    Configuration("loss eps, nchw", "diffusion_loss_and_grad", "eps", channels_last=False, portable=True),
-    Configuration("loss eps, fp32, nhwc", "diffusion_loss_and_grad", "eps", torch.float32),
+    Configuration("loss eps, nchw", "diffusion_loss_and_grad", "eps", channels_last=False),
+    Configuration("loss eps, fp32, nhwc", "diffusion_loss_and_grad", "eps", torch.float32, portable=True),
     Configuration("loss eps, odd", "diffusion_loss_and_grad", "eps", shape=ODD),
-    Configuration("loss eps, no gradient, nhwc", "diffusion_loss", "eps"),
+    Configuration("loss eps, no gradient, nhwc, 64x64", "diffusion_loss", "eps", shape=(2, 3, 64, 64), portable=True),
     Configuration("loss v, flip, weights, nhwc", "diffusion_loss_and_grad", "v-flip-weighted"),
     Configuration("loss x_0 from float, nhwc", "diffusion_loss_and_grad", "x_0-float"),
     Configuration("reverse step, nhwc", "reverse_step", "noisy", portable=True),
@@ -100,8 +100,8 @@ class Launch:
     options: dict[str, Any]
 
 
-def record(configuration: Configuration, *, fast: bool) -> list[Launch]:
-    """The launches of one call of the op's Triton implementation, as a GPU with (or without) inline PTX gets them."""
+def record(configuration: Configuration, target: GPUTarget) -> list[Launch]:
+    """The launches of one call of the op's Triton implementation, as the target's launcher makes them."""
     launches: list[Launch] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -111,12 +111,13 @@ def record(configuration: Configuration, *, fast: bool) -> list[Launch]:
 
     op = OPS[configuration.op]
     case = Case(configuration.shape, configuration.dtype, configuration.channels_last, variant=configuration.variant)
-    kept = triton.JITFunction.run, launch.is_fast
-    triton.JITFunction.run, launch.is_fast = run, lambda device: fast
+    kept = triton.JITFunction.run, launch.is_fast, launch.WARP
+    triton.JITFunction.run, launch.WARP = run, target.warp_size
+    launch.is_fast = lambda device: target.backend == "cuda"
     try:
         op.triton(**op.example(case))
     finally:
-        triton.JITFunction.run, launch.is_fast = kept
+        triton.JITFunction.run, launch.is_fast, launch.WARP = kept
     return launches
 
 
@@ -175,9 +176,9 @@ def executed(instructions: list[tuple[int, str]], trips: int) -> int:
     index = {address: i for i, (address, _) in enumerate(instructions)}
     branches: dict[int, tuple[int, bool]] = {}
     for i, (_, text) in enumerate(instructions):
-        match = re.match(r"(@\S+\s+)?(?:BRA|CALL\.REL\.NOINC)\S*\s.*?0x([0-9a-f]+)", text)
+        match = re.match(r"(@\S+\s+)?(?:BRA|CALL\.REL\.NOINC)\S*\s+(!?U?P\d,)?.*?0x([0-9a-f]+)", text)
         if match:
-            branches[i] = index[int(match[2], 16)], match[1] is not None
+            branches[i] = index[int(match[3], 16)], bool(match[1] or match[2])
     back_edges = [(i, target) for i, (target, _) in branches.items() if target < i]
     longest = 0
     stack: list[tuple[int, int, dict[int, int]]] = [(0, 0, {})]
@@ -207,6 +208,7 @@ def executed(instructions: list[tuple[int, str]], trips: int) -> int:
                     if not leaves:
                         stack.append((target, count, dict(taken)))
             i += 1
+    assert longest > 0, "no path to an exit was found: a branch that this walk does not know"
     return longest
 
 
@@ -235,7 +237,7 @@ def results(configurations: Sequence[Configuration] = CONFIGURATIONS) -> Iterato
         for name, target in TARGETS.items():
             if target.backend != "cuda" and not configuration.portable:
                 continue
-            for recorded in record(configuration, fast=target.backend == "cuda"):
+            for recorded in record(configuration, target):
                 compiled = compile_launch(recorded, target)
                 row = {"name": configuration.name, "kernel": recorded.kernel.fn.__name__, "target": name}
                 if target.backend == "cuda":

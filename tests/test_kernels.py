@@ -15,7 +15,7 @@ import torch
 from kernel_checks import DEVICE, check_close, check_op, in_float64, one_sample, outputs
 
 import fastddpm_kernels as fk
-from fastddpm_kernels import OPS, Case, Op, Stream, launch
+from fastddpm_kernels import OPS, Case, Op, Stream, launch, philox
 
 triton_here = pytest.mark.skipif(not fk.HAS_TRITON, reason="needs triton")
 IMPLS = ["reference", pytest.param("triton", marks=triton_here)]
@@ -30,7 +30,7 @@ TYPED = [
 # One element; odd; whole groups of 8 pixels; whole groups of 4 with many channels; channels beyond the groups.
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (2, 3, 4, 8), (2, 12, 2, 4), (1, 20, 2, 4)]
 
-# KERNELS' golden values: seed 1234, sample 7, c2 = 3, c3 = 1, quads 0 and 1.
+# Golden values of the layout: seed 1234, sample 7, c2 = 3, c3 = 1, quads 0 and 1.
 GOLDEN_WORDS = [[0xD2190375, 0xD7BE9C29, 0xE2E76FD1, 0x59DD4F40], [0xF343D160, 0xA9FC8ED9, 0x6142B7DA, 0x6AEC473F]]
 GOLDEN_NORMALS = [
     [0.34597925, -0.52488841, -0.29130756, 0.39552536],
@@ -50,6 +50,17 @@ def test_random123_known_answers() -> None:
         (0x299F31D0A4093822, pi, "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ):
         assert " ".join(f"{int(w):08x}" for w in fk.philox_words(seed, *counter)) == words
+
+
+def test_grid_of_words_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The references' work-horse, by numpy and by torch alone."""
+    quads, c1, c2 = torch.arange(2**32 - 9, 2**32), torch.randint(2**32, (7,)), torch.randint(2**32, (7,))
+    w0, w1, w2, w3 = (w.flatten() for w in fk.philox_words(2**61 + 5, quads, c1[:, None], c2[:, None], 0x904))
+    for module in (philox.numpy, None):
+        monkeypatch.setattr(philox, "numpy", module)
+        even, odd = philox.philox_grid(philox.split_seed(2**61 + 5), quads, c1, c2, 0x904)
+        assert even.shape[1] % philox.PAD == 0
+        assert torch.equal(even[:, :63], torch.stack((w0, w2))) and torch.equal(odd[:, :63], torch.stack((w3, w1)))
 
 
 def test_golden_words() -> None:
@@ -176,10 +187,10 @@ def test_runs_are_equal_and_samples_independent(op: Op, variant: str, impl: str)
 @pytest.mark.parametrize(("op", "variant"), VARIANTS)
 def test_reference_does_not_depend_on_the_batch_at_chunk_edges(op: Op, variant: str) -> None:
     """The references cut their work into chunks and vectors; neither may show in the result."""
-    kwargs = op.example(Case((37, 3, 31, 33), op.dtypes[0], True, DEVICE, variant))
-    batch = outputs(op.reference(**kwargs))
+    kwargs = {**op.example(Case((37, 3, 31, 33), op.dtypes[0], True, DEVICE, variant)), "impl": "reference"}
+    batch = outputs(op.public(**kwargs))
     for k in (0, 10, 36):
-        for whole, alone in zip(batch, outputs(op.reference(**one_sample(kwargs, k))), strict=True):
+        for whole, alone in zip(batch, outputs(op.public(**one_sample(kwargs, k))), strict=True):
             assert torch.equal(whole[k : k + 1], alone)
 
 
@@ -364,6 +375,7 @@ def test_compiles_as_one_graph(op: Op, variant: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_a_training_step_compiles_with_inductor() -> None:
     case = Case((2, 3, 4, 8), device=DEVICE, variant="uint8-flip", channels_last=True)
     kwargs = OPS["add_noise"].example(case)
@@ -407,11 +419,11 @@ def test_implementations_are_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
         fk.draw_timesteps(ordinals, 10, seed=0, impl="triton")
 
 
-def test_imports_and_runs_without_triton() -> None:
-    """As on macOS or Windows: the references work, the kernels say what is missing."""
+def test_needs_nothing_but_torch() -> None:
+    """Without triton, as on macOS or Windows, and numpy: the references work, the kernels say what is missing."""
     code = """
 import sys
-sys.modules["triton"] = None
+sys.modules["triton"] = sys.modules["numpy"] = None
 import torch
 import fastddpm_kernels as fk
 x = fk.draw_normal(torch.tensor([7]), (1, 1, 4), seed=1234, stream=1, step=3)
@@ -424,7 +436,7 @@ assert not any(name == "fastddpm" or name.startswith("fastddpm.") for name in sy
 """
     folder = Path(fk.__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
-    first, second = done.stdout.splitlines()
+    first, second = done.stdout.splitlines()[-2:]
     assert first == "[0.346, -0.5249, -0.2913, 0.3955]"
     assert "needs the triton package" in second
 

@@ -98,7 +98,14 @@ BUGS = (
         "v-flip-weighted",
     ),
     Bug("not clipped", "reverse", "low, high, propagate", "-1e9, 1e9, propagate", "reverse_step", "with_x_0"),
-    Bug("row not in the address", "reverse", "row.to(tl.uint32), Z_TAG", "image.to(tl.uint32), Z_TAG", "reverse_step", "noisy"),
+    Bug(
+        "row not in the address",
+        "reverse",
+        "row.to(tl.uint32), Z_TAG",
+        "image.to(tl.uint32), Z_TAG",
+        "reverse_step",
+        "noisy",
+    ),
     Bug("noise where F is 0", "reverse", "TWO_LN_2 * f * f", "TWO_LN_2", "reverse_step", "last"),
     Bug("halves swapped", "dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "dropout", "p=0.1"),
     Bug(

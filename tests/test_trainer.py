@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 
 from fastddpm.checkpoint import Checkpoints, State, load_optimizer, optimizer_tensors
 from fastddpm.config import Config, preset
 from fastddpm.diffusion import TrainingProcess
 from fastddpm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from fastddpm.optim import ema_decay, learning_rate, make_optimizer
+from fastddpm.optim import ema_decay, learning_rate, make_optimizer, update_ema
+from fastddpm.runlog import RunLog
 from fastddpm.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +129,7 @@ def _environment() -> dict[str, str]:
 
 
 def test_killed_at_any_moment_and_started_again_gives_the_same_losses(tmp_path):
-    """SIGKILL at several instants, among them inside saves; the losses are those of a run nobody disturbed."""
+    """SIGKILL at several instants, restarted at once, with loader processes; the losses are a calm run's."""
     steps = 120
     changes = {"steps": steps, "optim": {"horizon": steps, "warmup_steps": 2}}
     calm = small(tmp_path / "calm", **changes)
@@ -136,7 +138,8 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_losses(tmp_path):
     generator = np.random.default_rng(0)
     kills = 0
     for _ in range(3):
-        process = subprocess.Popen(_command(disturbed), env=_environment(), stderr=subprocess.PIPE, text=True)
+        command = _command(disturbed, "--data.workers", "2")
+        process = subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True)
         seen = 0
         target = int(generator.integers(5, 40))
         for line in process.stderr:
@@ -230,19 +233,49 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
         Trainer(small(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_launches_are_refused_rather_than_trained_wrongly(tmp_path, monkeypatch, kind):
+    sharded = _Alone()
+    sharded.distributed_type = DistributedType(kind)
+    monkeypatch.setattr("fastddpm.trainer.Accelerator", lambda **_: sharded)
+    with pytest.raises(ConfigError, match=f"distributed type {kind} is not supported"):
+        Trainer(small(tmp_path / "run"))
+
+
 class _Alone:
     num_processes = 1
+    distributed_type = DistributedType.NO
     device = torch.device("cpu")
 
 
-def test_a_diverging_run_ends_with_an_error_and_saves_nothing_bad(tmp_path):
+@pytest.mark.parametrize("save_every", [1, 1000])
+def test_a_diverging_run_ends_with_an_error_and_saves_nothing_bad(tmp_path, save_every):
     run = tmp_path / "run"
     config = small(
-        run, steps=50, log_every=5, save_every=1000, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None}
+        run, steps=50, log_every=5, save_every=save_every, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None}
     )
-    with pytest.raises(NumericsError, match=r"step \d+ is not finite"):
+    with pytest.raises(NumericsError, match=r"step \d+ (is|are) not finite"):
+        Trainer(config).train()
+    for path in Checkpoints(run).all():
+        state = Checkpoints(run).load(path)
+        assert all(t.isfinite().all() for t in [*state.model.values(), *state.ema.values()])
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """A finite gradient and a learning rate that overflows the weights: nothing in the loss shows it yet."""
+    run = tmp_path / "run"
+    config = small(run, steps=1, optim={"lr": 1e38, "warmup_steps": 0, "weight_decay": 1e10})
+    with pytest.raises(NumericsError, match="weights of step 1 are not finite"):
         Trainer(config).train()
     assert Checkpoints(run).all() == []
+
+
+def test_a_start_that_saved_nothing_binds_nothing(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(NumericsError):
+        Trainer(small(run, steps=9, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None}, save_every=50)).train()
+    assert Trainer(small(run)).train().finished
+    assert [r["step"] for r in records(run)] == list(range(1, 9))
 
 
 def test_another_config_is_refused_and_every_difference_named(whole):
@@ -324,6 +357,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(tmp_path,
     assert "model.safetensors is not what was written" in capsys.readouterr().err
     trainer.train()
     assert losses(run) == expected
+    # Saved again, the damaged ones out of the way but not deleted.
+    assert [p.name for p in Checkpoints(run).all()] == ["step-00000003", "step-00000006", "step-00000008"]
+    assert len([p for p in (run / "checkpoints").iterdir() if p.name.startswith("refused-step-")]) == 2
     for path in Checkpoints(run).all():
         (path / "state.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint can be trusted"):
@@ -385,6 +421,31 @@ def test_restored_moments_take_their_parameters_strides():
     assert torch.equal(weights[0], twin[0])
 
 
+def test_pruning_never_deletes_the_newest_good_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    Trainer(small(run)).train()
+    for path in Checkpoints(run).all()[1:]:
+        (path / "manifest.json").write_text("7")
+    Trainer(small(run, steps=5, keep=1)).train()
+    assert [p.name for p in Checkpoints(run).all()] == ["step-00000005"]
+    assert Trainer(small(run, steps=5)).step == 5
+
+
+def test_the_average_does_not_move_on_a_skipped_step():
+    """fp16: torch's fused Adam skips an overflowing step on the device; the average must not move either."""
+    average, weight = [torch.zeros(3)], [torch.ones(3)]
+    update_ema(average, weight, 0.9, torch.tensor(False))
+    assert torch.equal(average[0], torch.zeros(3))
+    update_ema(average, weight, 0.9, torch.tensor(True))
+    torch.testing.assert_close(average[0], torch.full((3,), 0.1))
+
+
+def test_log_lines_are_json_whatever_the_numbers(tmp_path):
+    log = RunLog(tmp_path)
+    log.write({"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
+    assert log.path.read_text() == '{"step": 1, "grad_norm": null, "loss": null, "lr": 0.5}\n'
+
+
 def test_learning_rate_and_decay_are_functions_of_the_step():
     ho = preset("cifar10")
     assert learning_rate(ho.optim, 0, 800_000) == pytest.approx(2e-4 / 5000)
@@ -397,7 +458,7 @@ def test_learning_rate_and_decay_are_functions_of_the_step():
 
 
 def test_the_average_follows_the_weights(tmp_path):
-    """After one step the average is d w_0 + (1 - d) w_1 with d = 2/11; after eight it still is their recursion."""
+    """After the first step the average is d w_0 + (1 - d) w_1 with d = 2/11."""
     trainer = Trainer(small(tmp_path / "run", steps=1))
     before = [w.detach().clone() for w in trainer.weights]
     trainer.train()

@@ -150,7 +150,7 @@ def draw_normal(
     """
     check_ordinals("ordinals", ordinals)
     split_seed(seed)
-    if len(shape) != 3 or min(shape) < 0:
+    if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
     if step is not None and not 0 <= step <= MASK:
         raise ValueError(f"step must be in [0, 2^32), got {step}")
@@ -213,7 +213,7 @@ def draw_normal_triton(
 def images_of_normals(normals: Tensor, shape: tuple[int, int, int], channels_last: bool) -> Tensor:
     """Dense [N, C, H, W] of normals [N, C H W] given in element order (H, W, C)."""
     num_channels, height, width = shape
-    images = normals.reshape(-1, height, width, num_channels).permute(0, 3, 1, 2)
+    images = normals.reshape(normals.shape[0], height, width, num_channels).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

@@ -116,10 +116,12 @@ def _mask_reference(
             even, odd = philox_grid(key, counters, c1[samples], c2[samples], tag)
             block = keep[samples, counter : counter + counters_step]
             size = block.shape[0] * block.shape[1]
-            for word, row in ((0, even[0]), (1, odd[1]), (2, even[1]), (3, odd[0])):
-                # A little-endian int64 read as int16: the word's low half, its high half, and two zeros.
-                halves = row[:size].view(torch.int16).view(*block.shape[:2], 4)[..., :2].to(torch.int32)
-                torch.ge(halves.bitwise_and_(HALVES - 1), threshold, out=block[..., 2 * word : 2 * word + 2])
+            words = torch.empty(*block.shape[:2], 4, dtype=torch.int32, device=keep.device)
+            for word, row in enumerate((even[0], odd[1], even[1], odd[0])):
+                words[..., word] = row[:size].view(block.shape[:2])  # keeps the low 32 bits
+            # Little-endian halves, low before high, compared as unsigned numbers: both sides less 2^15.
+            halves = words.view(torch.int16).bitwise_xor_(-(2**15))
+            torch.ge(halves, threshold - 2**15, out=block)
     images = keep.view(num_samples, num_counters * 8)[:, :num_elements]
     images = images.reshape(num_samples, height, width, num_channels).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

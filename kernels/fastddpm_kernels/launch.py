@@ -61,8 +61,8 @@ def tiles(
     """
     num_channels, height, width = shape
     size = num_channels * height * width
-    if size >= 2**31:
-        raise ValueError(f"a sample of {size} elements is too large for the kernels: the limit is 2^31 - 1")
+    if size > 2**30:  # offsets within a sample are 32 bits wide, and the last tile may reach beyond its end
+        raise ValueError(f"a sample of {size} elements is too large for the kernels: the limit is 2^30")
     channels_last = channels_last or num_channels == 1
     if channels_last and not flip:
         num_channels, height, width = 1, 1, size

@@ -103,18 +103,18 @@ def philox_grid(key: tuple[int, int], quads: Tensor, c1: Tensor, c2: Tensor, c3:
     even = torch.empty(2, size, dtype=torch.int64, device=c1.device)
     odd = torch.empty_like(even)
     if numpy is not None and c1.device.type == "cpu":
-        arrays = [x.numpy().view(numpy.uint64) for x in (even, odd, quads, c1, c2)]
-        tags = c3.numpy().view(numpy.uint64) if isinstance(c3, Tensor) else c3
-        _first_rounds(*arrays, tags, keys)
-        _rounds_numpy(arrays[0], arrays[1], keys[2:])
+        words = [x.numpy().view(numpy.uint64) if isinstance(x, Tensor) else x for x in (even, odd, quads, c1, c2, c3)]
+        _first_rounds(words, keys)
+        _rounds_numpy(words[0], words[1], keys[2:])
     else:
-        _first_rounds(even, odd, quads, c1, c2, c3, keys)
+        _first_rounds([even, odd, quads, c1, c2, c3], keys)
         _rounds_torch(even, odd, keys[2:])
     return even, odd
 
 
-def _first_rounds(even: Any, odd: Any, quads: Any, c1: Any, c2: Any, c3: Any, keys: list[tuple[int, ...]]) -> None:
-    """The first two rounds, which act on values of the sample or of the quad alone; torch or numpy."""
+def _first_rounds(words: list[Any], keys: list[tuple[int, ...]]) -> None:
+    """The first two rounds, of torch tensors or numpy arrays: they act on values of the sample or the quad alone."""
+    even, odd, quads, c1, c2, c3 = words
     n, q = c1.shape[0], quads.shape[0]
     p0, p1 = quads * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
     a, b = ((p1 >> 32) ^ c1 ^ keys[0][0]) & MASK, p1 & MASK  # by sample
