@@ -75,7 +75,7 @@ def lock_folder(path: Path) -> IO[str]:
     Raises:
         ConfigError: if another process holds it.
     """
-    handle = (path / ".lock").open("w")
+    handle = (path / ".lock").open("a")
     try:
         import fcntl
 

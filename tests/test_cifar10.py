@@ -14,7 +14,9 @@ CIFAR10 = os.environ.get("FASTDDPM_CIFAR10", "")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CIFAR10, reason="FASTDDPM_CIFAR10 does not name a folder of CIFAR-10 as parquet"),
+    pytest.mark.skipif(
+        not os.path.isdir(CIFAR10), reason="FASTDDPM_CIFAR10 does not name a folder of CIFAR-10 as parquet"
+    ),
 ]
 
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastddpm.cli import main
 
@@ -27,7 +30,15 @@ def train(run: Path, *more: str) -> int:
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
     assert train(folder) == 0
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    shaken = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in load_file(weights).items()}
+    save_file(shaken, weights)  # after two steps the network is still nearly 0, and samples would not depend on it
     return folder
+
+
+def _array(folder: Path) -> np.ndarray:
+    return np.load(folder / "samples.npz")["arr_0"].astype(int)
 
 
 def test_train_writes_the_run_folder(run):
@@ -52,8 +63,21 @@ def test_sample_writes_grid_filmstrip_and_array(run, tmp_path, capsys):
 def test_samples_do_not_depend_on_the_batch_size(run, tmp_path):
     for batch in ("1", "4"):
         assert main(["sample", str(run), "--num", "4", "--batch-size", batch, "--out", str(tmp_path / batch)]) == 0
-    a, b = (np.load(tmp_path / batch / "samples.npz")["arr_0"].astype(int) for batch in ("1", "4"))
+    a, b = (_array(tmp_path / batch) for batch in ("1", "4"))
     assert np.abs(a - b).max() <= 1
+    films = [np.asarray(Image.open(tmp_path / batch / "filmstrip.png")).shape for batch in ("1", "4")]
+    assert films[0] == films[1]
+
+
+def test_samples_depend_on_the_weights(run, tmp_path):
+    """The two tests around this one compare pictures that the network has made, not clipped noise."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: torch.zeros_like(v) for k, v in load_file(weights).items()}, weights)
+    for source, out in ((run, "a"), (other, "b")):
+        assert main(["sample", str(source), "--num", "4", "--out", str(tmp_path / out)]) == 0
+    assert np.abs(_array(tmp_path / "a") - _array(tmp_path / "b")).mean() > 10
 
 
 def test_sample_by_ddim_with_eta_and_other_precision(run, tmp_path):
@@ -76,7 +100,7 @@ def test_two_processes_sample_the_same_images(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("grid.png") == 1
-    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    a, b = (_array(tmp_path / name) for name in ("one", "two"))
     assert a.shape == b.shape and np.abs(a - b).max() <= 1
 
 
@@ -132,6 +156,13 @@ def _write(path: Path, content: bytes) -> Path:
 
 BAD = {
     "unknown command": ("tarin", 5, "unknown command 'tarin': valid are train, sample"),
+    "train alone": ("train", 5, "train needs a preset: --preset digits, cifar10"),
+    "no such user": ("train --preset digits --run /proc/nowhere/r", 5, "/proc/nowhere/r cannot be written"),
+    "infinite": ("train --preset digits --run {tmp}/r --optim.lr inf", 5, "optim.lr is inf"),
+    "seed below zero": ("train --preset digits --run {tmp}/r --seed -1", 5, "seed is -1"),
+    "checkpoints is a file": ("train --preset digits --run {tmp}/occupied", 5, "{tmp}/occupied/checkpoints"),
+    "grid.png is a folder": ("sample {run} --num 1 --out {tmp}/o", 5, "grid.png"),
+    "a config of nonsense": ("train --preset digits --run {tmp}/nonsense", 5, "{tmp}/nonsense/config.json: data is 5"),
     "unknown preset": ("train --preset cfar10", 5, "unknown preset 'cfar10': valid are digits, cifar10"),
     "unknown field": ("train --preset digits --data.sorce x", 5, "did you mean --data.source"),
     "unknown top field": ("train --preset digits --foo 3", 5, "unknown option --foo: valid are --preset, --run"),
@@ -171,6 +202,12 @@ def test_bad_input_is_one_line_and_a_code(name, run, tmp_path, capsys, monkeypat
     (tmp_path / "empty").mkdir()
     _write(tmp_path / "file", b"")
     _write(tmp_path / "foreign" / "config.json", b'{"model_type": "bert"}')
+    _write(tmp_path / "occupied" / "checkpoints", b"")
+    _write(tmp_path / "nonsense" / "config.json", b'{"versions": {}, "config": {"data": 5}}')
+    (tmp_path / "nonsense" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "foreign" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    if name == "grid.png is a folder":
+        (tmp_path / "o" / "grid.png").mkdir(parents=True)
     for i in range(3):
         (tmp_path / "broken").mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "broken" / f"{i}.png")
@@ -178,15 +215,30 @@ def test_bad_input_is_one_line_and_a_code(name, run, tmp_path, capsys, monkeypat
     command, code, expected = BAD[name]
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     words = [word.format(tmp=tmp_path, run=run) for word in command.split()]
-    if words[0] == "train" and words[2] == "digits":
-        words[3:3] = [t for t in TINY if name != "another config"] if "{run}" not in command else TINY
+    if words[:3] == ["train", "--preset", "digits"]:
+        words[3:3] = TINY
     assert main(words) == code
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    lines = [line for line in captured.err.splitlines() if not line.startswith(("step ", "1 images in "))]
     assert len(lines) == 1 and lines[0].startswith("fastddpm: error: ")
     assert expected.format(tmp=tmp_path, run=run) in lines[0]
     assert "Traceback" not in captured.err
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_an_error_on_every_rank_is_no_traceback(run, tmp_path):
+    """Two processes, a source that is not there: each says so in one line."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["train", "--preset", "digits", "--run", str(tmp_path / "r"), *TINY, "--data.source", "folder:/no/where"]
+    done = subprocess.run(
+        [*launcher, "-m", "fastddpm", "--", *command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("fastddpm")]
+    assert any(line.startswith("fastddpm: error: ") and "/no/where" in line for line in ours)
+    assert "fastddpm/trainer.py" not in done.stderr
 
 
 def test_the_module_is_the_same_program(tmp_path):
