@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastddpm train --preset digits --run runs/digits
-	$(BIN)/fastddpm sample runs/digits --out samples/digits
+	$(BIN)/fastddpm sample runs/digits --steps 250 --out samples/digits
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

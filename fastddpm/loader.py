@@ -29,6 +29,7 @@ from .order import BatchPlan, Purpose, derive_key, permute, random_words, rows_a
 from .sources import library_errors, one_line
 
 _ROW_BITS = 32  # a streamed row is shard << 32 | row inside the shard
+_KEPT_BYTES = 1 << 26  # decoded images that each loader process keeps: the digits, not CIFAR-10
 _CHUNK_ROWS = 256  # rows that the library hands over at a time
 
 
@@ -108,25 +109,53 @@ def _read_bytes(image: Any) -> bytes:
         raise ImageProblem(f"cannot be read: {one_line(error)}") from error
 
 
+class _Kept:
+    """Decoded images of a set small enough to hold in every loader process; filled as rows are asked for."""
+
+    known: np.ndarray | None = None
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
 class MapReader(TorchDataset):
-    """Micro-batches of a data set with random access: one Arrow take, then the decoding."""
+    """Micro-batches of a data set with random access: one Arrow take, then the decoding, which a small set keeps."""
 
     def __init__(self, dataset: Any, decoder: Decoder, share: Share, num_images: int) -> None:
         self.dataset = dataset
         self.decoder = decoder
         self.share = share
         self.num_images = num_images
+        kept = num_images * decoder.size[0] * decoder.size[1] * decoder.channels <= _KEPT_BYTES
+        self.kept = _Kept() if kept else None
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | _Failure:
         share = self.share
         positions = share.plan.positions(*key, share.rank)
         rows = rows_at(positions, self.num_images, share.seed)
         try:
-            with library_errors(self.decoder.source):
-                table = self.dataset[rows.tolist()]
-            return self.decoder.batch(self.decoder.values(table), positions, rows, lambda row: f"row {row}")
+            return self._decoded(positions, rows) if self.kept is None else self._kept(self.kept, positions, rows)
         except DataError as error:
             return _Failure(str(error))
+
+    def _decoded(self, positions: np.ndarray, rows: np.ndarray) -> Batch:
+        with library_errors(self.decoder.source):
+            table = self.dataset[rows.tolist()]
+        return self.decoder.batch(self.decoder.values(table), positions, rows, lambda row: f"row {row}")
+
+    def _kept(self, kept: _Kept, positions: np.ndarray, rows: np.ndarray) -> Batch:
+        if kept.known is None:
+            kept.known = np.zeros(self.num_images, dtype=bool)
+            kept.images = torch.empty((self.num_images, *self.decoder.size, self.decoder.channels), dtype=torch.uint8)
+            kept.labels = torch.empty(self.num_images, dtype=torch.int64)
+        new = np.unique(rows[~kept.known[rows]])
+        if len(new):
+            batch = self._decoded(new, new)
+            kept.images[new] = batch.images
+            if batch.labels is not None:
+                kept.labels[new] = batch.labels
+            kept.known[new] = True
+        labels = None if self.decoder.label_column is None else kept.labels[rows]
+        return Batch(kept.images[rows], labels, torch.from_numpy(positions), torch.from_numpy(rows))
 
 
 class ShuffledStream:
