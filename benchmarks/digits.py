@@ -59,9 +59,9 @@ def make_judge() -> Judge:
         pixels, digits.target, test_size=0.3, random_state=0, stratify=digits.target
     )
     # Kernel features that decay with distance make the judge unsure of what lies far from every digit; a linear one
-    # is sure of a third of pure noise.
+    # is sure of half of pure noise. C trades real digits called plain (91 %) against blends called plain (19 %).
     features = Nystroem(gamma=0.1, n_components=600, random_state=0)
-    model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=5000))
+    model = make_pipeline(features, LogisticRegression(C=20.0, max_iter=5000))
     model.fit(seen.reshape(len(seen), 64) / 255.0, seen_labels)
     judge = Judge(model, 0.0, 0.0, 0.0, 0.0)
     generator = np.random.default_rng(0)

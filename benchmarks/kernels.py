@@ -36,7 +36,7 @@ ROTATE_BYTES = {"cuda": 256 << 20, "cpu": 0}
 Kwargs = dict[str, Any]
 
 
-# ---- The rivals: plain PyTorch. `noise` is given when they are checked, and drawn when they are timed.
+# The rivals, in plain PyTorch: `noise` is given when they are checked, and drawn when they are timed.
 
 
 def plain_draw_timesteps(ordinals: Tensor, num_timesteps: int, **_: Any) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ DRAWS = ("draw_timesteps", "draw_normal", "dropout")
 DIRECTIONS = {"diffusion_loss_and_grad": "forward+backward"}
 
 
-# ---- Workloads
+# The workloads.
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,6 @@ class Trainer:
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=acc.device)
         self._resume()
 
-    # -- start and resume ---------------------------------------------------------------------------------------------
-
     def _check_data(self) -> None:
         """The order is a function of the number of images: a set that has grown since the first start is refused."""
         stored = read_facts(self.run) if self.checkpoints.all() else None
@@ -193,8 +191,6 @@ class Trainer:
         """A line on stderr, from rank 0."""
         if self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
-
-    # -- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> Outcome:
         """Train up to config.steps, or until SIGINT or SIGTERM, after which everything is saved.
@@ -325,8 +321,6 @@ class Trainer:
             )
         if scaler is None and loss is not None and not math.isfinite(loss):
             raise NumericsError(f"the loss of step {self.step + 1} is {loss}: lower optim.lr or look at the data")
-
-    # -- what it leaves behind ----------------------------------------------------------------------------------------
 
     def _write_record(self, record: dict[str, Any], progress: Progress) -> None:
         record["memory_bytes"] = memory_bytes(self.accelerator.device)
