@@ -323,7 +323,7 @@ PRESETS: dict[str, Config] = {
         diffusion=ProcessConfig(schedule="cosine", variance="fixed_small"),
         optim=OptimConfig(name="adamw", lr=2e-3, warmup_steps=50, decay="cosine"),
         ema=EMAConfig(decay=0.995),
-        grid=GridConfig(num=64, sampler="ddim", steps=50),
+        grid=GridConfig(num=36, sampler="ddim", steps=25),
     ),
     # Ho et al. 2020, CIFAR-10: FID 3.17 after 800k steps.
     "cifar10": Config(
