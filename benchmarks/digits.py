@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from record import append, environment, results_path
 from sklearn.datasets import load_digits
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression
@@ -93,9 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the preset's")
+    parser.add_argument("--record", action="store_true", help="append the lines to benchmarks/results")
     parser.add_argument("--out", type=Path, help="folder for runs and samples (default: a temporary one)")
     options = parser.parse_args()
     judge = make_judge()
+    facts = environment("cuda" if torch.cuda.is_available() else "cpu")
     print(
         f"judge: {judge.accuracy:.1%} accurate on held-out digits; plainly a digit: {judge.real:.1%} of them, "
         f"{judge.blends:.1%} of blends, {judge.noise:.1%} of noise",
@@ -113,6 +117,8 @@ def main() -> None:
                 "judge": {k: getattr(judge, k) for k in ("accuracy", "real", "blends", "noise")},
             }
             print(json.dumps(record), flush=True)
+            if options.record:
+                append(results_path(facts), record | facts)
 
 
 if __name__ == "__main__":
