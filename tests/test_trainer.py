@@ -20,7 +20,7 @@ from fastddpm.diffusion import TrainingProcess
 from fastddpm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from fastddpm.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from fastddpm.runlog import RunLog
-from fastddpm.trainer import Trainer
+from fastddpm.trainer import Trainer, flushed_denormals
 
 ROOT = Path(__file__).parents[1]
 
@@ -464,6 +464,13 @@ def test_the_average_follows_the_weights(tmp_path):
     trainer.train()
     for w_0, w_1, average in zip(before, trainer.weights, trainer.averages, strict=True):
         torch.testing.assert_close(average, w_0 * (2 / 11) + w_1.detach() * (9 / 11), rtol=1e-5, atol=1e-7)
+
+
+def test_training_leaves_the_processs_arithmetic_as_it_was(whole):
+    """Denormals are flushed inside the loop only; numpy, and whatever else the process does, has them back."""
+    with flushed_denormals():
+        assert np.full(1, 1e-40, np.float32) * np.float32(1) == 0
+    assert np.full(1, 1e-40, np.float32) * np.float32(1) > 0
 
 
 def test_grids_are_drawn_during_training(tmp_path):
