@@ -82,6 +82,7 @@ def _message(raw: str) -> str:
         start, rules = (rules[0] + 1, rules[1:]) if rules else (0, [])
     body = lines[start : rules[0] if rules else None]
     message = re.sub(r"\[/?bold\]", "", " ".join(part for part in body if part))
+    message = re.sub(r"Missing from [\w ]+: (\S+) ", r"the argument \1 is missing: ", message)
     return re.sub(r"\s+", " ", message) or "the options cannot be read"
 
 
@@ -151,6 +152,8 @@ def train(args: list[str]) -> int:
     from .trainer import Trainer
 
     trainer = Trainer(command.config)
+    if trainer.step >= command.config.steps:
+        trainer.say(f"nothing left to do: {trainer.step} steps are done; --steps with a larger number goes on")
     outcome = trainer.train()
     if not trainer.accelerator.is_main_process:
         return 0 if outcome.finished else INTERRUPTED

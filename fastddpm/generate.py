@@ -59,9 +59,9 @@ def draw_images(
                 x_0 = sampler.sample(numbers, shape, device, callback=lambda i, t, x: bar.update(len(x)))
             parts = [to_uint8(x_0)]
             if several:  # batch by batch to the host of rank 0, so that no device holds all images
-                everyone = torch.empty((world * len(numbers), *parts[0].shape[1:]), dtype=torch.uint8, device=device)
-                dist.all_gather_into_tensor(everyone, parts[0])
-                parts = list(everyone.chunk(world))
+                everyone = [torch.empty_like(parts[0]) for _ in range(world)]
+                dist.all_gather(everyone, parts[0])
+                parts = everyone
             if rank == 0:
                 for owner, part in enumerate(parts):
                     first = owner * share + start

@@ -71,9 +71,10 @@ def run_sample(command: "SampleCommand") -> int:
     print(f"grid       {out / 'grid.png'}")
     print(f"filmstrip  {out / 'filmstrip.png'}  (x_T on the left, x_0 on the right)")
     print(f"samples    {out / 'samples.npz'}  (arr_0, uint8 {list(drawn.images.shape)})")
-    other = "ddim --steps 50" if command.sampler == "ddpm" else "ddpm"
+    few = min(50, process.num_timesteps)
+    other = f"ddim --steps {few}" if command.sampler == "ddpm" else "ddpm"
     print(
-        f"next       fastddpm sample {shlex.quote(command.source)} --sampler {other} --seed {command.seed + 1} "
-        f"--out {shlex.quote(command.out + '-' + other.split()[0])}"
+        f"next       fastddpm sample {shlex.quote(command.source)} --num {command.num} --sampler {other} "
+        f"--seed {command.seed + 1} --out {shlex.quote(command.out + '-' + other.split()[0])}"
     )
     return 0

@@ -170,7 +170,10 @@ class Trainer:
         if len(set(steps)) > 1:  # also a barrier: everyone has read the stored config before it is replaced
             raise CheckpointError(f"the processes found different checkpoints (steps {steps}): is {self.run} shared?")
         if self.config.steps > self._horizon and self.config.optim.decay != "constant":
-            self.say(f"warning: the learning rate is 0 from step {self._horizon} (optim.horizon) on")
+            self.say(
+                f"warning: the learning rate is 0 from step {self._horizon} on, the horizon of the first start; a "
+                "run that may be prolonged needs --optim.horizon from the start"
+            )
         if self.accelerator.is_main_process:
             self.checkpoints.set_aside(refused)
             self.checkpoints.sweep()
@@ -225,6 +228,11 @@ class Trainer:
             acc.init_trackers("fastddpm", config={k: str(v) for k, v in flatten(to_dict(config)).items()})
         progress = Progress(
             first_step=self.step, last_step=config.steps, batch_size=config.batch_size, enabled=acc.is_main_process
+        )
+        images = "a stream of images" if self.data.num_images is None else f"{self.data.num_images:,} images"
+        progress.say(
+            f"training on {images} of {config.data.source}: {sum(w.numel() for w in self.weights):,} parameters, "
+            f"{config.precision}, {acc.num_processes} x {acc.device.type}, steps {self.step} to {config.steps}"
         )
         self.model.train()
         stopped = False
@@ -450,10 +458,12 @@ def resolve(config: Config, run: Path) -> Config:
         optim=dataclasses.replace(config.optim, horizon=horizon),
     )
     if stored is not None and (changed := differences(stored, config)):
-        preset = f"it was started with --preset {stored.preset}; " if stored.preset != config.preset else ""
-        raise ConfigError(
-            f"{run} is a run of another config ({preset}{'; '.join(changed)}): use these values or another --run"
-        )
+        if stored.preset != config.preset:
+            raise ConfigError(
+                f"{run} was started with --preset {stored.preset}, not {config.preset}: give the options of its first "
+                "start again, or choose another --run"
+            )
+        raise ConfigError(f"{run} is a run of another config ({'; '.join(changed)}): use these values or another --run")
     return config
 
 

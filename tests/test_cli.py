@@ -184,6 +184,7 @@ BAD = {
     "run folder is a file": ("train --preset digits --run {tmp}/file", 5, "{tmp}/file cannot be written"),
     "out is a file": ("sample {run} --out {tmp}/file", 5, "{tmp}/file cannot be written"),
     "batch does not divide": ("train --preset digits --run {tmp}/r --accumulation 3", 5, "does not divide"),
+    "another preset": ("train --preset cifar10 --run {run}", 5, "{run} was started with --preset digits"),
     "another config": ("train --preset digits --run {run} --seed 9", 5, "seed: 0 -> 9"),
     "not a config": ("train --preset digits --run {tmp}/foreign", 5, "is not the config of a fastddpm run"),
     "unknown tracker": ("train --preset digits --run {tmp}/r --trackers nosuch", 5, "nosuch"),
@@ -219,7 +220,9 @@ def test_bad_input_is_one_line_and_a_code(name, run, tmp_path, capsys, monkeypat
         words[3:3] = TINY
     assert main(words) == code
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if not line.startswith(("step ", "1 images in "))]
+    lines = [
+        line for line in captured.err.splitlines() if not line.startswith(("step ", "1 images in ", "training on "))
+    ]
     assert len(lines) == 1 and lines[0].startswith("fastddpm: error: ")
     assert expected.format(tmp=tmp_path, run=run) in lines[0]
     assert "Traceback" not in captured.err
