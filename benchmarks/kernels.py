@@ -33,6 +33,7 @@ FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 FAST_NOISE = 1e-3  # what approximate normals may be off by on a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROTATE_BYTES = {"cuda": 256 << 20, "cpu": 0}
+MOST_COPIES = 1023
 Kwargs = dict[str, Any]
 
 
@@ -223,12 +224,12 @@ def in_float64(kwargs: Kwargs) -> Kwargs:
 class Candidate:
     """An implementation: `run` for timing, and how wrong it is (None where there is nothing to compare)."""
 
-    run: Callable[[Kwargs], Any]
+    run: Callable[[Kwargs, int], Any]
     correct: bool
     error: float | None
 
 
-def candidates(op: Op, kwargs: Kwargs, device: str) -> tuple[dict[str, Candidate], float | None]:
+def candidates(op: Op, kwargs: Kwargs, device: str, copies: int) -> tuple[dict[str, Candidate], float | None]:
     """The implementations that run here, each checked; and plain PyTorch's error."""
     torch._dynamo.reset()
     truth = as_tuple(op.reference(**in_float64(kwargs)))
@@ -236,24 +237,36 @@ def candidates(op: Op, kwargs: Kwargs, device: str) -> tuple[dict[str, Candidate
     ours = "triton" if device == "cuda" else "reference"
     results = as_tuple(op.public(**kwargs, impl=ours))
     right = is_right(results, base, truth, device == "cuda")
-    found = {ours: Candidate(lambda k: op.public(**k, impl=ours), right, max(errors(results, truth)))}
+    found = {ours: Candidate(lambda k, i: op.public(**k, impl=ours), right, max(errors(results, truth)))}
 
     rival = RIVALS[op.name]
     takes_noise = op.name not in DRAWS
     for name, function in (("eager", rival), ("torch.compile", torch.compile(rival, dynamic=False))):
         if not takes_noise:
-            found[name] = Candidate(lambda k, f=function: f(**k), True, None)
+            found[name] = Candidate(lambda k, i, f=function: f(**k), True, None)
             continue
         image = next(v for v in kwargs.values() if isinstance(v, Tensor) and v.dim() == 4)
         noise = noise_of(op, kwargs, image)
         results = as_tuple(function(**kwargs, noise=noise))
         right = is_right(results, base, truth, device == "cuda")
         # The loss reads the noise that the noising kept; the others draw theirs.
-        run: Callable[[Kwargs], Any] = lambda k, f=function: f(**k)  # noqa: E731
+        run: Callable[[Kwargs, int], Any] = lambda k, i, f=function: f(**k)  # noqa: E731
         if op.name.startswith("diffusion_loss"):
-            run = lambda k, f=function, n=noise: f(**k, noise=n)  # noqa: E731
+            noises = [noise.clone() for _ in range(copies)]
+            run = lambda k, i, f=function, n=noises: f(**k, noise=n[i])  # noqa: E731
         found[name] = Candidate(run, right, max(errors(results, truth)))
     return found, found["eager"].error
+
+
+def rotating(candidate: Candidate, inputs: list[Kwargs]) -> Callable[[int], Any]:
+    """Calls that read another copy of the inputs each time and write elsewhere than the last len(inputs) calls did."""
+    written: list[Any] = [None] * len(inputs)
+
+    def call(i: int) -> None:
+        place = i % len(inputs)
+        written[place] = candidate.run(inputs[place], place)
+
+    return call
 
 
 def in_graph(function: Callable[[int], Any], calls: int) -> Callable[[int], Any]:
@@ -276,14 +289,15 @@ def measure(workload: Workload, device: str, options: argparse.Namespace) -> lis
     case = Case(workload.shape, workload.dtype, workload.channels_last, device, workload.variant)
     kwargs = op.example(case)
     with torch.no_grad():
-        found, torch_error = candidates(op, kwargs, device)
-        ideal = image_bytes(kwargs.values()) + image_bytes(as_tuple(op.public(**kwargs)))
-    copies = 1 + min(63, ROTATE_BYTES[device] // max(ideal, 1))
+        read = image_bytes(kwargs.values())
+        ideal = read + image_bytes(as_tuple(op.public(**kwargs)))
+        # By the smaller of what is read and what is written, so that neither stays in the L2 from call to call.
+        smaller = min(b for b in (read, ideal - read) if b) if ideal else 1 << 30
+        copies = 1 + min(MOST_COPIES, ROTATE_BYTES[device] // smaller)
+        found, torch_error = candidates(op, kwargs, device, copies)
     inputs = [op.example(case) for _ in range(copies)]
-    functions: dict[str, Callable[[int], Any]] = {
-        name: lambda i, c=candidate: c.run(inputs[i % copies]) for name, candidate in found.items() if candidate.correct
-    }
-    captured = 20 if options.graph else 1
+    functions = {name: rotating(candidate, inputs) for name, candidate in found.items() if candidate.correct}
+    captured = max(20, copies) if options.graph else 1
     peaks = {}
     with torch.no_grad():
         for name, function in functions.items():

@@ -475,3 +475,54 @@ def test_bad_arguments_are_named(name: str) -> None:
     op = OPS[op_name]
     with pytest.raises(error, match=message):
         op.public(**{**op.example(Case((2, 3, 4, 4), variant=op.variants[0])), **change})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropout_keeps_a_half_word_that_equals_the_threshold(impl: str) -> None:
+    """The edge itself: p = half / 65536 keeps the element of that half-word, the next p drops it."""
+    word = int(fk.philox_words(7, 0, 3, 0, fk.stream_tag(fk.Stream.DROPOUT, 2))[0])
+    x, ordinals = torch.ones(1, 1, 2, 4, device=DEVICE), torch.tensor([3], device=DEVICE)
+    half = word & 0xFFFF
+    kept, dropped = (
+        fk.dropout(x, p / 65536, ordinals, layer=2, seed=7, impl=impl)[0, 0, 0, 0] for p in (half, half + 1)
+    )
+    assert kept > 0 and dropped == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_second_derivative_is_refused(impl: str) -> None:
+    case = Case((2, 3, 4, 4), torch.float32, False, DEVICE, "eps")
+    kwargs = OPS["diffusion_loss"].example(case)
+    prediction = kwargs.pop("prediction").requires_grad_()
+    losses = fk.diffusion_loss(prediction, **kwargs, impl=impl)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(losses.sum(), prediction, create_graph=True)
+
+
+def test_losses_do_not_depend_on_the_default_dtype() -> None:
+    case = Case((2, 3, 64, 64), torch.float32, True, DEVICE, "eps")
+    kwargs = OPS["diffusion_loss"].example(case)
+    expected = fk.diffusion_loss(**kwargs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(fk.diffusion_loss(**kwargs), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_would_be_silently_wrong_is_refused() -> None:
+    x_0 = torch.zeros(1, 1, 2, 2, device=DEVICE)
+    t = ordinals = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    tables = (torch.full((3,), 0.5, device=DEVICE),) * 2
+    with pytest.raises(TypeError, match="must be uint8"):
+        fk.add_noise(x_0.long(), t, ordinals, *tables, seed=0)
+    with pytest.raises(TypeError, match="dtype must be floating point"):
+        fk.add_noise(x_0, t, ordinals, *tables, seed=0, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="float64 is for impl='reference'"):
+        fk.add_noise(x_0, t, ordinals, tables[0].double(), tables[1].double(), seed=0, impl="triton")
+    with pytest.raises(TypeError, match="must be uint8"):
+        fk.diffusion_loss(x_0, t, ordinals, *tables, seed=0, target="v", x_0=x_0.bool())
+    with pytest.raises(ValueError, match="weights requires a gradient"):
+        fk.diffusion_loss(x_0, t, ordinals, *tables, seed=0, weights=torch.ones(1, device=DEVICE, requires_grad=True))
+    with pytest.raises(ValueError, match="stream must be in"):
+        fk.draw_normal(ordinals, (1, 2, 2), seed=0, stream=2**32 + 6)

@@ -109,7 +109,7 @@ BUGS = (
     Bug("noise where F is 0", "reverse", "TWO_LN_2 * f * f", "TWO_LN_2", "reverse_step", "last"),
     Bug("halves swapped", "dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "dropout", "p=0.1"),
     Bug(
-        "greater for greater or equal",
+        "another threshold",
         "dropout",
         ">= threshold",
         ">= threshold + 6000",

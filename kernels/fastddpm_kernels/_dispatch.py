@@ -52,6 +52,25 @@ def check_images(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be [N, C, H, W], got shape {tuple(x.shape)}")
 
 
+def check_pixels(name: str, x: Tensor) -> None:
+    """Raise TypeError unless x is uint8 (0 .. 255) or floating point: other integers would be taken as they are."""
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise TypeError(f"{name} must be uint8 (0 .. 255) or floating point (-1 .. 1), got {x.dtype}")
+
+
+def check_no_gradient(**tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor that asks for a gradient it would not get."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} requires a gradient and gets none here: detach it")
+
+
+def check_precision(impl: str, *tensors: Tensor | None) -> None:
+    """Raise TypeError for float64 in the Triton kernels, whose arithmetic is float32."""
+    if impl == "triton" and any(x is not None and x.dtype == torch.float64 for x in tensors):
+        raise TypeError("float64 is for impl='reference': the Triton kernels compute in float32")
+
+
 def check_per_sample(name: str, x: Tensor, num_samples: int, dtype: torch.dtype | None, device: torch.device) -> None:
     """Raise unless x is [num_samples] of the dtype (None: any) on the device."""
     if x.shape != (num_samples,):

@@ -154,6 +154,10 @@ def draw_normal(
         raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
     if step is not None and not 0 <= step <= MASK:
         raise ValueError(f"step must be in [0, 2^32), got {step}")
+    if not 0 <= int(stream) <= MASK:
+        raise ValueError(f"stream must be in [0, 2^32), got {stream}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
     num_channels, height, width = shape
     impl = resolve_impl(impl, ordinals.device)
     return _draw_normal_op(ordinals, num_channels, height, width, seed, int(stream), step, channels_last, dtype, impl)

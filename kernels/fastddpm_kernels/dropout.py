@@ -135,6 +135,8 @@ def _launch_mask(
     if keep.numel() == 0:
         return keep
     plane = shape[1] * shape[2]
+    if shape[0] * plane > 2**30:  # offsets within a sample are 32 bits wide
+        raise ValueError(f"a sample of {shape[0] * plane} elements is too large for the kernels: the limit is 2^30")
     num_counters = -(-shape[0] * plane // 8)
     block = 1 << (num_counters - 1).bit_length() if interpreting() else 64
     num_tiles = -(-num_counters // block)

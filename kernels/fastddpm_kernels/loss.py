@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import check_images, check_per_sample, compute_dtype, memory_format, resolve_impl
+from ._dispatch import (
+    check_images,
+    check_no_gradient,
+    check_per_sample,
+    check_pixels,
+    check_precision,
+    compute_dtype,
+    memory_format,
+    resolve_impl,
+)
 from .loss_kernel import launch_diffusion_loss
 from .noising import check_noise_arguments, eps_of, normalised
 from .ops import Case, Kwargs, Op, example_flip, example_floats, example_images, example_schedule
@@ -40,6 +49,7 @@ def diffusion_loss(
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
     impl = resolve_impl(impl, prediction.device)
+    check_precision(impl, prediction, x_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     return _diffusion_loss_op(prediction, t, ordinals, *tables, None, seed, target, x_0, flip, weights, True, impl)[0]
 
 
@@ -68,6 +78,7 @@ def diffusion_loss_and_grad(
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
     impl = resolve_impl(impl, prediction.device)
+    check_precision(impl, prediction, x_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     scale, prediction = _scale_tensor(grad_scale, prediction), prediction.detach()
     return _diffusion_loss_op(prediction, t, ordinals, *tables, scale, seed, target, x_0, flip, weights, True, impl)
 
@@ -251,6 +262,7 @@ def _check(
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is not known: use one of {', '.join(TARGETS)}")
     check_noise_arguments(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, flip, seed)
+    check_no_gradient(weights=weights, x_0=x_0)
     if weights is not None:
         check_per_sample("weights", weights, prediction.shape[0], None, prediction.device)
     if target == "eps":
@@ -262,6 +274,7 @@ def _check(
             f"x_0 {tuple(x_0.shape)} on {x_0.device} must match prediction {tuple(prediction.shape)} "
             f"on {prediction.device}"
         )
+    check_pixels("x_0", x_0)
     return x_0, flip
 
 
@@ -334,9 +347,11 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     prediction, t, ordinals, table, sigma_table, x_0, flip, weights = ctx.saved_tensors  # type: ignore[attr-defined]
     seed, target, impl = ctx.settings  # type: ignore[attr-defined]
+    if torch.is_grad_enabled():  # as under create_graph=True
+        raise RuntimeError("diffusion_loss is differentiable once: a gradient of its gradient is not supported")
     tables = (table, sigma_table)
     _, grad = _diffusion_loss_op(
-        prediction, t, ordinals, *tables, upstream, seed, target, x_0, flip, weights, False, impl
+        prediction.detach(), t, ordinals, *tables, upstream, seed, target, x_0, flip, weights, False, impl
     )
     return grad, *[None] * 12
 

@@ -227,7 +227,11 @@ def launch_diffusion_loss(
     x = prediction if x_0 is None else x_0.contiguous(memory_format=format_)
     scale = losses if grad_scale is None else grad_scale.to(torch.float32).contiguous()
     cut = tiles_of(prediction, max(prediction.element_size(), x.element_size()), flip=flip is not None)
-    sums = torch.empty(num_samples, cut.TILES, device=device) if with_losses and cut.TILES > 1 else losses
+    sums = (
+        torch.empty(num_samples, cut.TILES, dtype=torch.float32, device=device)
+        if with_losses and cut.TILES > 1
+        else losses
+    )
     with on_device(prediction):
         _diffusion_loss_kernel[(num_samples * cut.TILES,)](
             prediction,

@@ -7,7 +7,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import check_images, check_per_sample, check_table, compute_dtype, memory_format, resolve_impl
+from ._dispatch import (
+    check_images,
+    check_per_sample,
+    check_pixels,
+    check_precision,
+    check_table,
+    compute_dtype,
+    memory_format,
+    resolve_impl,
+)
 from ._triton import tl, triton
 from .draws import images_of_normals
 from .launch import LAUNCH, on_device, seed_words, tiles_of
@@ -161,7 +170,11 @@ def add_noise(
     """
     check_images("x_0", x_0)
     check_noise_arguments(x_0, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, flip, seed)
+    check_pixels("x_0", x_0)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
     impl = resolve_impl(impl, x_0.device)
+    check_precision(impl, x_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     return _add_noise_op(x_0, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, flip, dtype, impl)
 
 

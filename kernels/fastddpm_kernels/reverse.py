@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import check_images, check_per_sample, compute_dtype, memory_format, resolve_impl
+from ._dispatch import check_images, check_per_sample, check_precision, compute_dtype, memory_format, resolve_impl
 from ._triton import tl, triton
 from .draws import images_of_normals
 from .launch import LAUNCH, on_device, seed_words, tiles_of
@@ -142,6 +142,7 @@ def reverse_step(
     check_per_sample("images", images, x_t.shape[0], torch.int64, x_t.device)
     split_seed(seed)
     impl = resolve_impl(impl, x_t.device)
+    check_precision(impl, x_t, prediction, coefficients)
     out, x_0_hat = _reverse_step_op(x_t, prediction, coefficients, row.reshape(1), images, seed, return_x_0, impl)
     return (out, x_0_hat) if return_x_0 else out
 
