@@ -11,7 +11,7 @@ WORKERS ?= 2
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
-	$(BIN)/fastddpm train --preset digits --run runs/digits --steps 2200
+	$(BIN)/fastddpm train --preset digits --run runs/digits
 	$(BIN)/fastddpm sample runs/digits --steps 250 --out samples/digits
 
 test: lint

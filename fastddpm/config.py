@@ -303,7 +303,7 @@ PRESETS: dict[str, Config] = {
     # Handwritten digits of scikit-learn on a CPU, in about two minutes.
     "digits": Config(
         preset="digits",
-        steps=2500,
+        steps=2200,
         batch_size=64,
         log_every=50,
         save_every=500,
