@@ -1,62 +1,178 @@
 """Building blocks of the U-Net, under the module names of diffusers' UNet2DModel (DDPM, Ho et al. 2020, appendix B).
 
-Every block takes and returns [N, C, H, W] activations and asks for no memory layout of its own: convolutions keep
-channels_last because their weights have it, and the rearrangements of the attention are views of such tensors.
+Activations are [N, C, H, W] in channels_last memory from the first convolution to the last; 1x1 convolutions and the
+attention are matrix products on [N H W, C] views of them. A residual sum is not computed where it arises but by the
+next norm, in the pass that it makes anyway (`Sum`), and a skip connection is never concatenated: norm and shortcut
+read the two parts.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any, NamedTuple
+from typing import cast as typed
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastddpm_kernels
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu}
+ACTIVATIONS: tuple[str, ...] = ("silu", "swish")  # two names of x sigmoid(x)
 
 
-class NoiseAddress:
-    """Where dropout masks are drawn from: one object shared by all dropout layers of a net, set by UNet.noise_address.
+class Shared:
+    """What all layers of a net share: where dropout masks come from, the activations' dtype, and kept casts.
 
     It is an object and not an argument of forward, so that forward keeps diffusers' signature and wrappers such as
     DistributedDataParallel, which hold the same module, need not know of it. copy.deepcopy of a net copies it once:
-    the layers of the copy share an address of their own.
+    the layers of the copy share one of their own.
     """
 
     def __init__(self) -> None:
         self.seed: int = 0
         self.ordinals: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+        self.impl: str | None = None
+        self.frozen: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] | None = None
+        self.recompute = False
+
+    @contextmanager
+    def address(self, seed: int, ordinals: Tensor | None) -> Iterator[None]:
+        """Dropout masks are those of (seed, ordinals) inside."""
+        before = self.seed, self.ordinals
+        self.seed, self.ordinals = seed, ordinals
+        try:
+            yield
+        finally:
+            self.seed, self.ordinals = before
+
+    def run(self, layer: nn.Module, *args: Any) -> Any:
+        """layer(*args); with `recompute` its activations are made again in the backward pass, masks included."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return layer(*args)
+        contexts = partial(_recomputation, self, self.seed, self.ordinals)
+        return checkpoint(
+            layer, *args, use_reentrant=False, preserve_rng_state=self.ordinals is None, context_fn=contexts
+        )
+
+    def cast(self, dtype: torch.dtype, *parameters: Tensor | None) -> Tensor:
+        """The parameters (of layers that have them) in the dtype, along one first axis; made once while frozen."""
+        given = typed(tuple[Tensor, ...], parameters)
+        if self.frozen is None:
+            return _cast(dtype, given)
+        key = dtype, tuple(id(p) for p in given)
+        if key not in self.frozen:
+            self.frozen[key] = _cast(dtype, given)
+        return self.frozen[key]
+
+    def folds_bias(self, x: Tensor) -> bool:
+        """Whether a convolution's bias is better added by the norm that follows it.
+
+        A GPU's convolutions add it in a pass of its own, a CPU's while they write their result.
+        """
+        return x.device.type == "cuda"
+
+
+def _recomputation(
+    shared: Shared, seed: int, ordinals: Tensor | None
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a layer's first pass and of its recomputation, which finds the addresses of the first."""
+    return nullcontext(), shared.address(seed, ordinals)
+
+
+def _cast(dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> Tensor:
+    return (parameters[0] if len(parameters) == 1 else torch.cat(parameters)).to(dtype)
+
+
+class Sum(NamedTuple):
+    """x + branch + bias, a hidden state that is not added up yet.
+
+    branch: [N, C, H, W] or None; bias: [C] (only with a branch) or None.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The sum [N, C, H, W], for layers that have no norm in front."""
+        if self.branch is None:
+            return self.x
+        branch = self.branch if self.bias is None else self.branch + self.bias.to(self.branch.dtype)[:, None, None]
+        return self.x + branch
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask depends on (seed, layer, ordinal of the sample, element) while an address is set.
+    """Dropout's probability, and its layer's number in the net, which is given by the net after it is built.
 
-    Without an address torch's own generator draws the mask, as nn.Dropout would. Nothing is dropped in eval mode.
-    `layer` is the number of this layer in the net, given by the net after it is built.
+    The mask depends on (seed, layer, ordinal of the sample, element) while an address is set (UNet.noise_address);
+    else torch's own generator draws it, as nn.Dropout would. Nothing is dropped in eval mode.
     """
 
-    def __init__(self, p: float, address: NoiseAddress):
+    def __init__(self, p: float):
         super().__init__()
         self.p = p
         self.layer = 0
-        self.address = address
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape and dtype; differentiable. ValueError if the ordinals are not N numbers."""
-        if not self.training or self.p == 0.0:
-            return x
-        ordinals = self.address.ordinals
-        if ordinals is None:
-            return F.dropout(x, self.p)
-        if ordinals.shape != x.shape[:1]:
-            raise ValueError(f"noise_address has ordinals of shape {tuple(ordinals.shape)} for a batch of {x.shape[0]}")
-        return fastddpm_kernels.dropout(x, self.p, ordinals, layer=self.layer, seed=self.address.seed)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, layer={self.layer}"
+
+
+def norm_silu(
+    h: Sum,
+    norm: nn.GroupNorm,
+    shared: Shared,
+    *,
+    silu: bool = True,
+    skip: Tensor | None = None,
+    add: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GroupNorm, FiLM, SiLU and dropout of cat((h + add, skip), 1), and h as a tensor (without `add`).
+
+    add [N, C] or [C] only for an h that is added up; scale_shift [N, 2 C]: scale, then shift.
+    """
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    options: dict[str, Any] = {}
+    if dropout is not None and p > 0.0 and shared.ordinals is not None:
+        if shared.ordinals.shape != h.x.shape[:1]:
+            ordinals = tuple(shared.ordinals.shape)
+            raise ValueError(f"noise_address has ordinals of shape {ordinals} for a batch of {len(h.x)}")
+        options = {"p": p, "ordinals": shared.ordinals, "layer": dropout.layer, "seed": shared.seed}
+    scale, shift = (None, None) if scale_shift is None else scale_shift.chunk(2, dim=1)
+    result = fastddpm_kernels.group_norm_silu(
+        h.x,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        norm.eps,
+        silu=silu,
+        add=add if h.branch is None else h.bias,
+        residual=h.branch,
+        skip=skip,
+        scale=scale,
+        shift=shift,
+        impl=shared.impl,
+        **options,
+    )
+    y, total = result if isinstance(result, tuple) else (result, h.x)
+    return (F.dropout(y, p) if p > 0.0 and not options else y), total
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, shared: Shared, bias: bool = True) -> Tensor:
+    """The convolution in x's dtype; bias=False leaves its bias to the caller."""
+    b = shared.cast(x.dtype, conv.bias) if bias and conv.bias is not None else None
+    return F.conv2d(x, shared.cast(x.dtype, conv.weight), b, conv.stride, conv.padding)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N H W, C], a view in channels_last memory."""
+    return rearrange(x, "n c h w -> (n h w) c")
 
 
 def sinusoid(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -77,36 +193,49 @@ def sinusoid(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: flo
 class TimestepEmbedding(nn.Module):
     """[N, in_channels] sinusoid -> [N, channels]: linear, SiLU, linear."""
 
-    def __init__(self, in_channels: int, channels: int):
+    def __init__(self, in_channels: int, channels: int, shared: Shared):
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, channels)
         self.linear_2 = nn.Linear(channels, channels)
+        self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return linear(F.silu(linear(x, self.shared, self.linear_1)), self.shared, self.linear_2)
+
+
+def linear(x: Tensor, shared: Shared, *layers: Any) -> Tensor:
+    """x [..., C_in] through linear layers side by side -> [..., sum of C_out], as one product in x's dtype."""
+    weight = shared.cast(x.dtype, *(layer.weight for layer in layers))
+    return F.linear(x, weight, shared.cast(x.dtype, *(layer.bias for layer in layers)))
 
 
 class Downsample(nn.Module):
     """Halves H and W by a 3x3 convolution of stride 2, padded on all sides (1) or on the right and bottom only (0)."""
 
-    def __init__(self, channels: int, padding: int):
+    def __init__(self, channels: int, padding: int, shared: Shared):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
+        self.shared = shared
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+    def forward(self, h: Sum, projected: Tensor) -> tuple[Tensor, Sum]:
+        """Returns h as a tensor, and the result."""
+        x = h.tensor()
+        return x, Sum(convolve(x if self.padding else F.pad(x, (0, 1, 0, 1)), self.conv, self.shared))
 
 
 class Upsample(nn.Module):
     """Doubles H and W: nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, shared: Shared):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shared = shared
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(upsample_nearest(x))
+    def forward(self, h: Sum, projected: Tensor) -> tuple[Tensor, Sum]:
+        """Returns h as a tensor, and the result."""
+        x = h.tensor()
+        return x, Sum(convolve(upsample_nearest(x), self.conv, self.shared))
 
 
 upsample_nearest: Callable[[Tensor], Tensor] = partial(F.interpolate, scale_factor=2.0, mode="nearest")
@@ -114,11 +243,11 @@ average_pool: Callable[[Tensor], Tensor] = partial(F.avg_pool2d, kernel_size=2)
 
 
 class ResnetBlock(nn.Module):
-    """GN, activation, 3x3 conv, time embedding, GN, activation, dropout, 3x3 conv, plus the (1x1 projected) input.
+    """GN, SiLU, 3x3 conv, time embedding, GN, SiLU, dropout, 3x3 conv, plus the (1x1 projected) input.
 
-    The embedding, already through the activation, is projected and added before the second norm, or with scale_shift
-    gives that norm's scale and shift (Dhariwal and Nichol 2021, section 4). `resample` acts on the activated input of
-    the first convolution and on the shortcut ("BigGAN" resampling). The sum is divided by output_scale.
+    The projected embedding is added before the second norm, or with scale_shift gives that norm's scale and shift
+    (Dhariwal and Nichol 2021, section 4). `resample` acts on the activated input of the first convolution and on the
+    shortcut ("BigGAN" resampling). The sum is divided by output_scale.
     """
 
     def __init__(
@@ -129,10 +258,9 @@ class ResnetBlock(nn.Module):
         embedding_channels: int,
         groups: int,
         norm_eps: float,
-        activation: Callable[[Tensor], Tensor],
         scale_shift: bool,
         dropout: float,
-        address: NoiseAddress,
+        shared: Shared,
         resample: Callable[[Tensor], Tensor] | None = None,
         output_scale: float = 1.0,
     ):
@@ -141,30 +269,43 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels, norm_eps)
-        self.dropout = Dropout(dropout, address)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.activation = activation
+        self.shared = shared
         self.scale_shift = scale_shift
         self.resample = resample
         self.output_scale = output_scale
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [N, in_channels, H, W], embedding [N, embedding_channels] -> [N, out_channels, H', W']."""
-        h = self.activation(self.norm1(x))
+    def forward(self, h: Sum, projected: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Sum]:
+        """h and skip make up the in_channels; projected is what `project_embedding` gives for this block.
+
+        Returns h as a tensor, and the result [N, out_channels, H', W'].
+        """
+        shared = self.shared
+        activated, total = norm_silu(h, self.norm1, shared, skip=skip)
+        x, folds = total, shared.folds_bias(total)
         if self.resample is not None:
-            x, h = self.resample(x), self.resample(h)
-        h = self.conv1(h)
-        projected = self.time_emb_proj(embedding)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = projected.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + projected)
-        h = self.conv2(self.dropout(self.activation(h)))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        return _scaled_sum(x, h, self.output_scale)
+            x, activated = self.resample(x), self.resample(activated)
+            skip = None if skip is None else self.resample(skip)
+        inner = Sum(convolve(activated, self.conv1, shared, bias=not folds))
+        bias_1 = self.conv1.bias if folds else None  # without scale_shift `projected` holds it already
+        add, film = (bias_1, projected) if self.scale_shift else (projected, None)
+        activated, _ = norm_silu(inner, self.norm2, shared, add=add, scale_shift=film, dropout=self.dropout)
+        branch = convolve(activated, self.conv2, shared, bias=not folds)
+        result = Sum(self._shortcut(x, skip), branch, self.conv2.bias if folds else None)
+        return total, _scaled(result, self.output_scale)
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """x (and skip) through the 1x1 convolution, as products of pixels and weights."""
+        if self.conv_shortcut is None:
+            return x
+        shared, (n, c, height, _) = self.shared, x.shape
+        weight = shared.cast(x.dtype, self.conv_shortcut.weight).flatten(1)
+        y = F.linear(pixels(x), weight[:, :c], shared.cast(x.dtype, self.conv_shortcut.bias))
+        if skip is not None:
+            y = y.addmm_(pixels(skip), weight[:, c:].t())
+        return rearrange(y, "(n h w) c -> n c h w", n=n, h=height)
 
 
 class Attention(nn.Module):
@@ -181,6 +322,7 @@ class Attention(nn.Module):
         head_channels: int,
         groups: int | None,
         norm_eps: float,
+        shared: Shared,
         output_scale: float = 1.0,
     ):
         super().__init__()
@@ -191,19 +333,24 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.shared = shared
         self.output_scale = output_scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        h = x if self.group_norm is None else self.group_norm(x)
-        tokens = rearrange(h, "n c h w -> n (h w) c")
-        q, k, v = (
-            rearrange(project(tokens), "n l (heads d) -> n heads l d", heads=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+    def forward(self, h: Sum) -> tuple[Tensor, Sum]:
+        """[N, C, H, W] -> h as a tensor, and the result of the same shape."""
+        if self.group_norm is None:
+            total = normed = h.tensor()
+        else:
+            normed, total = norm_silu(h, self.group_norm, self.shared, silu=False)
+        qkv = linear(rearrange(normed, "n c h w -> n (h w) c"), self.shared, self.to_q, self.to_k, self.to_v)
+        q, k, v = (rearrange(x, "n l (heads d) -> n heads l d", heads=self.heads) for x in qkv.chunk(3, dim=-1))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)")
-        h = rearrange(self.to_out[0](attended), "n (h w) c -> n c h w", h=x.shape[2])
-        return _scaled_sum(x, h, self.output_scale)
+        branch = rearrange(linear(attended, self.shared, self.to_out[0]), "n (h w) c -> n c h w", h=total.shape[2])
+        return total, _scaled(Sum(total, branch), self.output_scale)
+
+
+def _scaled(result: Sum, scale: float) -> Sum:
+    return result if scale == 1.0 else Sum(result.tensor() / scale)
 
 
 class DownBlock(nn.Module):
@@ -213,8 +360,11 @@ class DownBlock(nn.Module):
     names them.
     """
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], downsampler: nn.Module | None):
+    def __init__(
+        self, resnets: list[nn.Module], attentions: list[nn.Module], downsampler: nn.Module | None, shared: Shared
+    ):
         super().__init__()
+        self.shared = shared
         if attentions:
             self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
@@ -223,25 +373,30 @@ class DownBlock(nn.Module):
         self.has_attention = bool(attentions)
         self.resamples = downsampler is not None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns the output and every state that the way up takes as a skip connection, the output last."""
+    def forward(self, h: Sum, projected: Iterator[Tensor]) -> tuple[Sum, tuple[Tensor, ...]]:
+        """projected: the embedding for each residual block, in order. Returns the output and the input of each stage,
+        which are the states that the way up takes as skip connections."""
         states: tuple[Tensor, ...] = ()
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, embedding)
+            x, h = self.shared.run(resnet, h, next(projected))
             if self.has_attention:
-                x = self.attentions[i](x)
+                _, h = self.shared.run(self.attentions[i], h)
             states += (x,)
         if self.resamples:
-            x = self.downsamplers[0](x, embedding)
+            downsampler = self.downsamplers[0]
+            x, h = self.shared.run(downsampler, h, next(projected) if isinstance(downsampler, ResnetBlock) else None)
             states += (x,)
-        return x, states
+        return h, states
 
 
 class UpBlock(nn.Module):
-    """The same on the way up: each residual block takes the next skip connection concatenated to its input."""
+    """The same on the way up: each residual block takes the next skip connection beside its input."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsampler: nn.Module | None):
+    def __init__(
+        self, resnets: list[nn.Module], attentions: list[nn.Module], upsampler: nn.Module | None, shared: Shared
+    ):
         super().__init__()
+        self.shared = shared
         if attentions:
             self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
@@ -250,32 +405,57 @@ class UpBlock(nn.Module):
         self.has_attention = bool(attentions)
         self.resamples = upsampler is not None
 
-    def forward(self, x: Tensor, skips: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
+    def forward(self, h: Sum, skips: tuple[Tensor, ...], projected: Iterator[Tensor]) -> Sum:
         """skips: one tensor for each residual block, the last is taken first."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat((x, skips[-1 - i]), dim=1), embedding)
+            _, h = self.shared.run(resnet, h, next(projected), skips[-1 - i])
             if self.has_attention:
-                x = self.attentions[i](x)
+                _, h = self.shared.run(self.attentions[i], h)
         if self.resamples:
-            x = self.upsamplers[0](x, embedding)
-        return x
+            upsampler = self.upsamplers[0]
+            _, h = self.shared.run(upsampler, h, next(projected) if isinstance(upsampler, ResnetBlock) else None)
+        return h
 
 
 class MidBlock(nn.Module):
     """Residual block, attention (or none), residual block at the lowest resolution."""
 
-    def __init__(self, resnets: list[nn.Module], attention: nn.Module | None):
+    def __init__(self, resnets: list[nn.Module], attention: nn.Module | None, shared: Shared):
         super().__init__()
+        self.shared = shared
         if attention is not None:
             self.attentions = nn.ModuleList([attention])
         self.resnets = nn.ModuleList(resnets)
         self.has_attention = attention is not None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        x = self.resnets[0](x, embedding)
+    def forward(self, h: Sum, projected: Iterator[Tensor]) -> tuple[Tensor, Sum]:
+        """Returns h as a tensor, the last skip connection, and the result."""
+        x, h = self.shared.run(self.resnets[0], h, next(projected))
         if self.has_attention:
-            x = self.attentions[0](x)
-        return self.resnets[1](x, embedding)
+            _, h = self.shared.run(self.attentions[0], h)
+        _, h = self.shared.run(self.resnets[1], h, next(projected))
+        return x, h
+
+
+def resnets_of(stage: Any) -> Iterator[ResnetBlock]:
+    """The residual blocks of a DownBlock, MidBlock or UpBlock in the order of their use."""
+    yield from stage.resnets
+    for name in ("downsamplers", "upsamplers"):
+        yield from (m for m in getattr(stage, name, ()) if isinstance(m, ResnetBlock))
+
+
+def project_embedding(embedding: Tensor, blocks: list[ResnetBlock], shared: Shared) -> tuple[Tensor, ...]:
+    """The activated embedding [N, C_emb] through all time_emb_proj as one product: [N, C_out or 2 C_out] a block.
+
+    Where biases are folded and embeddings added, the first convolution's bias is in it: both are added together.
+    """
+    layers = [block.time_emb_proj for block in blocks]
+    weight = shared.cast(embedding.dtype, *(layer.weight for layer in layers))
+    bias = shared.cast(layers[0].bias.dtype, *(layer.bias for layer in layers))
+    if shared.folds_bias(embedding) and not blocks[0].scale_shift:
+        bias = bias + shared.cast(bias.dtype, *(block.conv1.bias for block in blocks))
+    together = F.linear(embedding, weight, bias.to(embedding.dtype))
+    return together.split([layer.out_features for layer in layers], dim=1)
 
 
 @torch.no_grad()
@@ -305,9 +485,3 @@ def initialise(net: nn.Module, seed: int, last: nn.Module) -> None:
         elif isinstance(module, nn.Embedding):
             weight = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
             module.weight.copy_(weight.normal_(generator=generator))
-
-
-def _scaled_sum(x: Tensor, h: Tensor, scale: float) -> Tensor:
-    # A division by 1 would be one more pass over the activations.
-    total = x + h
-    return total if scale == 1.0 else total / scale

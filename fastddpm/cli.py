@@ -69,7 +69,11 @@ class SampleCommand:
     out: str = "samples"
     """Folder to write into; made if it is not there."""
     precision: Precision = "fp32"
-    """Arithmetic of the network: fp32, bf16, or fp16 (GPU only)."""
+    """Arithmetic of the network: fp32, bf16, fp16 (GPU only), or auto: bf16 where it is faster."""
+    compile: bool = False
+    """Compile the network's blocks: torch.compile on a GPU, the machine's C++ compiler on a CPU."""
+    graph: bool = False
+    """Replay each step as one CUDA graph: faster in small batches."""
 
 
 def _message(raw: str) -> str:

@@ -20,7 +20,7 @@ from .unet import UNetConfig
 
 T = TypeVar("T")
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,15 @@ class Config:
     """Images per optimiser step over all processes; must divide by processes x accumulation."""
     accumulation: int = 1
     """Micro-batches per optimiser step on each process; more of them need less memory."""
-    precision: Precision = "fp32"
-    """Arithmetic of the network: fp32, bf16, or fp16 with a loss scale (GPU only)."""
+    precision: Precision = "auto"
+    (
+        "Arithmetic of the network, whose weights and statistics are fp32 always: fp32, bf16, fp16 with a loss scale "
+        "(GPU only), or auto: bf16 where the first start measures that the device is faster in it, kept from then on."
+    )
+    compile: bool = False
+    """Compile the network's blocks: torch.compile on a GPU, the machine's C++ compiler on a CPU. Takes seconds."""
+    graph: bool = False
+    """Replay the whole step as one CUDA graph, for small batches; one process, fp32 or bf16."""
     log_every: int = 100
     """Optimiser steps between lines of RUN/log.jsonl."""
     save_every: int = 5000
@@ -213,7 +220,10 @@ class Config:
 # Fields that say how long a run is, how often it reports and with how many hands: they may differ on resume,
 # because no loss depends on them. Everything else makes another run.
 RUNTIME_FIELDS = frozenset(
-    ("preset", "run", "steps", "log_every", "save_every", "sample_every", "keep", "trackers", "data.workers")
+    (
+        *("preset", "run", "steps", "log_every", "save_every", "sample_every", "keep", "trackers", "data.workers"),
+        "model.checkpoint_activations",
+    )
 )
 
 
@@ -303,6 +313,7 @@ PRESETS: dict[str, Config] = {
     # Handwritten digits of scikit-learn on a CPU, in about two minutes.
     "digits": Config(
         preset="digits",
+        precision="fp32",  # too small to gain by another
         steps=2200,
         batch_size=64,
         log_every=50,
@@ -343,7 +354,6 @@ PRESETS: dict[str, Config] = {
     "images64": Config(
         preset="images64",
         steps=200_000,
-        precision="bf16",
         data=DataConfig(fit="resize_crop"),
         model=UNetConfig(
             sample_size=64,

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from .config import EMAConfig, OptimConfig
 
 
-def make_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam or AdamW over one group, fused where the device has it."""
+def make_optimizer(
+    config: OptimConfig, parameters: list[nn.Parameter], capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Adam or AdamW over one group, fused where the device has it; capturable: fit for CUDA graphs."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     fused = parameters[0].device.type in ("cpu", "cuda", "xpu")
     return kind(
@@ -21,17 +23,18 @@ def make_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch
         weight_decay=config.weight_decay,
         fused=fused,
         foreach=None if fused else True,
+        capturable=capturable,
     )
 
 
-def learning_rate(config: OptimConfig, step: int, horizon: int) -> float:
+def learning_rate(config: OptimConfig, step: int, horizon: int | None) -> float:
     """Learning rate of optimiser step `step` = 0, 1, ...: linear warm-up, then constant, linear or cosine to 0.
 
     Ho's recipe is a warm-up of 5000 steps, then constant. With accelerate a prepared scheduler would advance once per
-    process; a function of the step cannot.
+    process; a function of the step cannot. Without a horizon there is no decay.
     """
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    done = min(1.0, step / horizon)
+    done = min(1.0, step / horizon) if horizon else 0.0
     fall = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.decay]
     return config.lr * rise * fall
 
@@ -42,18 +45,26 @@ def ema_decay(config: EMAConfig, step: int) -> float:
     return min(config.decay, (1 + n) / (10 + n)) if config.warmup else config.decay
 
 
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """What clipping multiplies the gradient by: min(1, clip_norm / norm), the epsilon being torch's."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 @torch.no_grad()
 def update_ema(
-    averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float, applied: Tensor | None = None
+    averages: Sequence[Tensor], weights: Sequence[Tensor], weight: float | Tensor, applied: Tensor | None = None
 ) -> None:
-    """average <- decay * average + (1 - decay) * weight, over all tensors in a few kernels, without a host sync.
+    """average <- (1 - weight) * average + weight * weights, over all tensors in a few kernels, without a host sync.
 
     Args:
+        weight: 1 - decay, as a number or a float32 scalar on the device.
         applied: bool scalar on the device; where it is False (fp16's loss scale skipped the step) nothing changes.
     """
-    if applied is None:
-        torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)
+    if applied is None and not isinstance(weight, Tensor):
+        torch._foreach_lerp_(list(averages), list(weights), weight)
         return
+    if applied is not None:
+        weight = torch.where(applied, weight, 0.0)
     change = torch._foreach_sub(list(weights), list(averages))
-    torch._foreach_mul_(change, torch.where(applied, 1.0 - decay, 0.0))
+    torch._foreach_mul_(change, weight)
     torch._foreach_add_(list(averages), change)

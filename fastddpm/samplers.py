@@ -5,6 +5,7 @@ x_0_hat = clip(A x_t + B prediction, lo, hi);  x_{t-1} = C x_0_hat + E x_t + F z
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,6 +142,72 @@ class Step(NamedTuple):
     x_0_hat: Tensor
 
 
+class _State(NamedTuple):
+    """What a step works on, all on the device."""
+
+    x: Tensor
+    images: Tensor
+    class_labels: Tensor | None
+    row: Tensor
+    """int64 [1]: number of the step, counted on by the step itself."""
+    kept: object
+    """Whatever must outlive a captured graph: the network's cast weights."""
+
+
+_StepFunction = Callable[[_State], tuple[Tensor, Tensor | None]]
+
+
+class _StepGraph:
+    """One step of sampling as a CUDA graph on tensors of its own, replayed once a step with no other host work."""
+
+    def __init__(self, step: _StepFunction, state: _State) -> None:
+        if state.x.device.type != "cuda":
+            raise ConfigError(f"a CUDA graph cannot be captured on {state.x.device.type}: sample without graph")
+        self.state = state._replace(
+            x=state.x.clone(),
+            images=state.images.clone(),
+            class_labels=None if state.class_labels is None else state.class_labels.clone(),
+            row=state.row.clone(),
+        )
+        stream = torch.cuda.Stream(state.x.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries choose their algorithms and allocate in the first calls
+                step(self.state)
+                self.state.row.zero_()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.captured, stream=stream):
+                x, self.x_0_hat = step(self.state)
+                self.state.x.copy_(x)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the network could not be captured in a CUDA graph: {reason}; sample without") from error
+
+    def start(self, state: _State) -> _StepFunction:
+        """Take over a batch at its first step; the function returned replays a step."""
+        self.state.x.copy_(state.x)
+        self.state.images.copy_(state.images)
+        if state.class_labels is not None and self.state.class_labels is not None:
+            self.state.class_labels.copy_(state.class_labels)
+        self.state.row.zero_()
+        return self._replay
+
+    def _replay(self, _: _State) -> tuple[Tensor, Tensor | None]:
+        self.captured.replay()
+        # Copies, because the next step overwrites its tensors; of the pictures, they are small beside the network.
+        return self.state.x.clone(), None if self.x_0_hat is None else self.x_0_hat.clone()
+
+
+@contextmanager
+def _frozen(unet: object) -> Iterator[object]:
+    """Casts of the weights are kept inside, if the network is one of ours."""
+    frozen = getattr(unet, "frozen", None)
+    with frozen() if frozen is not None else nullcontext() as kept:
+        yield kept
+
+
 class Sampler:
     """Draws images with a network. Image n is a function of (seed, n) and the network alone, whatever its batch."""
 
@@ -160,6 +227,7 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         impl: str | None = None,
+        graph: bool = False,
     ) -> None:
         """
         Args:
@@ -177,6 +245,8 @@ class Sampler:
             dtype: of the network's input; state and coefficients are float32.
             seed: of all noise, 0 .. 2^63 - 1.
             impl: "triton", "reference" or None (by device), as in fastddpm_kernels.
+            graph: replay each step, network and all, as one CUDA graph, captured at the first batch of a shape. The
+                weights are read then: make another Sampler when they have changed.
 
         Raises:
             ConfigError: if a name or a value is not valid.
@@ -194,7 +264,8 @@ class Sampler:
             variance=variance,
             eta=eta,
         )
-        self.unet, self.dtype, self.seed, self.impl = unet, dtype, seed, impl
+        self.unet, self.dtype, self.seed, self.impl, self.graph = unet, dtype, seed, impl, graph
+        self._captured: tuple[object, _StepGraph] | None = None
 
     def sample(
         self,
@@ -260,21 +331,42 @@ class Sampler:
     ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
         """Yield i, t, the state before, the state after, and x_0_hat if asked for."""
         images, x = self._start(images, shape, device, x_T)
-        if class_labels is not None and class_labels.shape != images.shape:
-            raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
-        options = {} if class_labels is None else {"class_labels": class_labels.to(device)}
-        # Everything a step reads is on the device before the first: a host value would make every step wait.
-        coefficients = torch.tensor(self.rows, dtype=torch.float32).to(device)
-        rows = torch.arange(len(self.rows), device=device)
-        timesteps = torch.tensor(self.timesteps).to(device)
-        for i, t in enumerate(self.timesteps.tolist()):
-            output = self.unet(x.to(self.dtype), timesteps[i].expand(len(images)), **options)
-            prediction = _prediction(output, x)
-            arguments = (x, prediction, coefficients, rows[i], images)
-            step = reverse_step(*arguments, seed=self.seed, return_x_0=return_x_0, impl=self.impl)
-            x_s, x_0_hat = step if isinstance(step, tuple) else (step, None)
-            yield i, t, x, x_s, x_0_hat
-            x = x_s
+        if class_labels is not None:
+            if class_labels.shape != images.shape:
+                raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
+            class_labels = class_labels.to(device)
+        with _frozen(self.unet) as kept:
+            # All that a step reads is on the device before the first: a host value would make every step wait.
+            state = _State(x, images, class_labels, torch.zeros(1, dtype=torch.int64, device=device), kept)
+            coefficients = torch.tensor(self.rows, dtype=torch.float32).to(device)
+            timesteps = torch.tensor(self.timesteps).to(device)
+
+            def step(state: _State) -> tuple[Tensor, Tensor | None]:
+                """The state after the step of state.row, and x_0_hat if asked for; the row counts on."""
+                t = timesteps[state.row].expand(len(state.images))
+                labels = {} if state.class_labels is None else {"class_labels": state.class_labels}
+                prediction = _prediction(self.unet(state.x.to(self.dtype), t, **labels), state.x)
+                arguments = (state.x, prediction, coefficients, state.row[0], state.images)
+                result = reverse_step(*arguments, seed=self.seed, return_x_0=return_x_0, impl=self.impl)
+                x, x_0_hat = result if isinstance(result, tuple) else (result, None)
+                state.row.add_(1)
+                return x, x_0_hat
+
+            advance = self._graphed(step, state, return_x_0) if self.graph else step
+            for i, t in enumerate(self.timesteps.tolist()):
+                before = state.x
+                after, x_0_hat = advance(state)
+                state = state._replace(x=after)
+                yield i, t, before, after, x_0_hat
+
+    def _graphed(self, step: _StepFunction, state: _State, return_x_0: bool) -> _StepFunction:
+        """`step` from a CUDA graph, captured anew where the shapes are others than the last batch's."""
+        labels = state.class_labels
+        key = state.x.shape, state.x.stride(), state.x.device, None if labels is None else labels.shape, return_x_0
+        if self._captured is None or self._captured[0] != key:
+            self._captured = None  # its memory is free before the next is captured
+            self._captured = key, _StepGraph(step, state)
+        return self._captured[1].start(state)
 
     def _start(
         self, images: Tensor, shape: tuple[int, int, int], device: torch.device | str, x_T: Tensor | None

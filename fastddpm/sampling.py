@@ -5,13 +5,14 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .compiling import compile_unet
 from .errors import ConfigError
 from .files import expand, writable_folder
 from .generate import draw_images
+from .machine import DTYPES, make_accelerator, settle_precision
 from .pictures import filmstrip, grid, save_picture, save_samples
 from .pipeline import load_pipeline
 from .samplers import Sampler
-from .trainer import DTYPES, make_accelerator
 
 if TYPE_CHECKING:
     from .cli import SampleCommand
@@ -33,9 +34,15 @@ def run_sample(command: "SampleCommand") -> int:
     if not 0 <= command.seed < 2**63:
         raise ConfigError(f"--seed is {command.seed}: it must be in 0 .. 2^63 - 1")
     out = writable_folder(expand(command.out), "output folder")
-    acc = make_accelerator(command.precision)
+    precision, why = settle_precision(command.precision)
+    acc = make_accelerator(precision)
+    if why is not None and acc.is_main_process:
+        print(f"precision {precision}: {why}", file=sys.stderr)
     pipeline = load_pipeline(command.source, acc.device)
     process, model = pipeline.process, pipeline.unet.config
+    pipeline.unet.compute_dtype = DTYPES[precision]
+    if command.compile:
+        compile_unet(pipeline.unet)
     sampler = Sampler(
         pipeline.unet,
         pipeline.schedule,
@@ -47,20 +54,20 @@ def run_sample(command: "SampleCommand") -> int:
         clip=process.clip,
         clip_range=process.clip_range,
         spacing=command.spacing or process.spacing,
-        dtype=DTYPES[command.precision],
+        dtype=DTYPES[precision],
         seed=command.seed,
+        graph=command.graph,
     )
     start = time.perf_counter()
-    with acc.autocast():
-        drawn = draw_images(
-            sampler,
-            command.num,
-            shape=(model.in_channels, *model.image_size),
-            batch_size=command.batch_size,
-            device=acc.device,
-            num_film=FILM_IMAGES,
-            progress=acc.is_main_process,
-        )
+    drawn = draw_images(
+        sampler,
+        command.num,
+        shape=(model.in_channels, *model.image_size),
+        batch_size=command.batch_size,
+        device=acc.device,
+        num_film=FILM_IMAGES,
+        progress=acc.is_main_process,
+    )
     if not acc.is_main_process:
         return 0
     seconds = time.perf_counter() - start

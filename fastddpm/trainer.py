@@ -8,80 +8,37 @@ import contextlib
 import copy
 import dataclasses
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.state import AcceleratorState
+from accelerate import DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from torch import Tensor
 
 from .checkpoint import Checkpoints, State, load_into, load_optimizer, optimizer_tensors
-from .config import Config, differences, flatten, read_config, read_facts, to_dict
+from .compiling import compile_unet
+from .config import Config, Precision, differences, flatten, read_config, read_facts, to_dict
 from .data import Batch, ImageData, open_data, resolve_source
 from .diffusion import TrainingProcess
 from .errors import CheckpointError, ConfigError, DataError, NumericsError
 from .files import expand, lock_folder, writable_folder, write_json
 from .generate import draw_images
 from .interrupt import StopRequest
-from .optim import ema_decay, learning_rate, make_optimizer, update_ema
+from .machine import DTYPES, flushed_denormals, make_accelerator, memory_bytes, settle_precision, versions
+from .optim import learning_rate
 from .pictures import grid, save_picture
 from .pipeline import write_pipeline
 from .runlog import Progress, RunLog
 from .samplers import Sampler
+from .step import TrainStep
 from .unet import UNet
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU)
 # Below this fp16's loss scale has stopped protecting anything: gradients overflow at every scale.
 SMALLEST_SCALE = 2.0**-10
-
-
-def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
-    """An accelerator whose precision is the config's alone, checked against the device.
-
-    Raises:
-        ConfigError: for fp16 on a CPU, where accelerate would run fp32 without a word, and for several processes that
-            do not know of each other.
-    """
-    mixed = "no" if precision == "fp32" else precision
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()  # or accelerate refuses a second precision in one process
-    accelerator = Accelerator(mixed_precision=mixed, **kwargs)
-    if precision == "fp16" and accelerator.device.type in ("cpu", "mps"):
-        raise ConfigError(f"precision fp16 needs a GPU; on {accelerator.device.type} use bf16 or fp32")
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ConfigError(
-            f"distributed type {accelerator.distributed_type.value} is not supported: use one of the files in launch/"
-        )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and accelerator.num_processes == 1:
-        raise ConfigError(
-            f"{world} processes were launched but do not know of each other: on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
-@contextlib.contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Round denormals of this process to 0 meanwhile: CPUs are slow at them (digits: 53 -> 46 ms a step).
-
-    Ho's zero-scale layers start a run among them, and Adam's second moments end there.
-    """
-    before = bool(torch.full((1,), 1e-40).mul(1.0) == 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
 
 
 @dataclass(frozen=True)
@@ -109,6 +66,8 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         config.check()
+        precision, why = settle_precision(_stored_precision(config) or config.precision)
+        config = dataclasses.replace(config, precision=cast(Precision, precision))
         self.accelerator = make_accelerator(
             config.precision,
             log_with=_trackers(config.trackers),
@@ -116,6 +75,8 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         acc = self.accelerator
+        if why is not None:
+            self.say(f"precision {precision}: {why}")
         config.micro_batch(acc.num_processes)
         self.run = writable_folder(_run_folder(config), "run folder")
         self._lock = lock_folder(self.run) if acc.is_main_process else None
@@ -135,17 +96,26 @@ class Trainer:
         self.weights = list(self.unet.parameters())
         self.averages = list(self.ema_unet.parameters())
         self.schedule = self.config.diffusion.noise_schedule()
-        self.process = TrainingProcess(
+        process = TrainingProcess(
             self.schedule, self.config.diffusion.prediction, seed=self.config.seed, flip=self.config.data.flip
         )
-        self.model, self.optimizer = acc.prepare(self.unet, make_optimizer(self.config.optim, self.weights))
+        if self.config.compile:
+            self.say(f"compiled: {compile_unet(self.unet)}")
+            compile_unet(self.ema_unet)
+        self.train_step = TrainStep(
+            self.unet,
+            self.ema_unet,
+            process,
+            self.config.optim,
+            self.config.ema,
+            dtype=DTYPES[self.config.precision],
+            horizon=self._horizon,
+            share=self._share,
+            accelerator=acc,
+            graph=self.config.graph,
+        )
         self.log = RunLog(self.run)
         self.step = 0
-        # Weight of one image in this process's mean; on the device, where the loss kernel reads it.
-        images = self.config.batch_size / acc.num_processes
-        self.share = torch.full((), 1.0 / images, device=acc.device)
-        # The first step whose gradient was not finite, kept on the device so that no step waits for it; -1 is none.
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=acc.device)
         self._resume()
 
     def _check_data(self) -> None:
@@ -192,10 +162,22 @@ class Trainer:
             )
         load_into(self.unet, state.model, str(path / "model.safetensors"))
         load_into(self.ema_unet, state.ema, str(path / "ema.safetensors"))
-        load_optimizer(self.optimizer.optimizer, self.names, state.optimizer)
+        load_optimizer(self.optimizer, self.names, state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.step = state.step
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """torch's own, inside accelerate's wrapper."""
+        wrapper: Any = self.train_step.optimizer
+        optimizer: torch.optim.Optimizer = wrapper.optimizer
+        return optimizer
+
+    @property
+    def _share(self) -> float:
+        """Weight of one image in this process's mean."""
+        return self.accelerator.num_processes / self.config.batch_size
 
     @property
     def _horizon(self) -> int:
@@ -230,11 +212,12 @@ class Trainer:
             first_step=self.step, last_step=config.steps, batch_size=config.batch_size, enabled=acc.is_main_process
         )
         images = "a stream of images" if self.data.num_images is None else f"{self.data.num_images:,} images"
+        threads = f" of {torch.get_num_threads()} threads" if acc.device.type == "cpu" else ""
         progress.say(
             f"training on {images} of {config.data.source}: {sum(w.numel() for w in self.weights):,} parameters, "
-            f"{config.precision}, {acc.num_processes} x {acc.device.type}, steps {self.step} to {config.steps}"
+            f"{config.precision}, {acc.num_processes} x {acc.device.type}{threads}, steps {self.step} to {config.steps}"
         )
-        self.model.train()
+        self.unet.train()
         stopped = False
         try:
             with StopRequest() as stop, flushed_denormals(), contextlib.closing(self._batches()) as batches:
@@ -279,55 +262,36 @@ class Trainer:
     def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", logged: bool) -> dict[str, Any] | None:
         """One optimiser step over accumulation micro-batches; the log record if this step is logged."""
         config, acc = self.config, self.accelerator
-        lr = learning_rate(config.optim, self.step, self._horizon)
-        self.optimizer.param_groups[0]["lr"] = lr
-        grad_scale = self.share if acc.scaler is None else acc.scaler.scale(self.share)
-        sums = []
+        step, sums = self.train_step, []
         for micro in range(config.accumulation):
             with clock.waiting():
                 batch = next(batches)
-            last = micro == config.accumulation - 1
-            with contextlib.nullcontext() if last else acc.no_sync(self.model):
-                losses = self._forward_backward(batch, grad_scale)
+            if step.graph is not None:
+                losses, norm = step(batch.images, batch.ordinals, self.step)
+            else:
+                losses = step.accumulate(batch.images, batch.ordinals, last=micro == config.accumulation - 1)
             if logged:
                 sums.append(losses.sum())
-        norm = acc.clip_grad_norm_(self.weights, config.optim.clip_norm or math.inf)
-        if acc.scaler is None:
-            known = torch.isfinite(norm) | (self.first_bad_step >= 0)
-            self.first_bad_step = torch.where(known, self.first_bad_step, self.step + 1)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        # torch's fused Adam obeys the loss scale's verdict on the device, so that nothing on the host knows of it.
-        applied = None if acc.scaler is None else torch.isfinite(norm)
-        update_ema(self.averages, self.weights, ema_decay(config.ema, self.step), applied)
+        if step.graph is None:
+            norm = step.update(self.step)
         if not logged:
             return None
-        # Only here does the host wait for the device.
-        loss = acc.reduce(torch.stack(sums).sum() * self.share, reduction="mean").item()
-        self._check_numerics(loss)
+        # Only here does the host wait for the device, once.
+        loss = acc.reduce(torch.stack(sums).sum() * self._share, reduction="mean")
+        numbers = torch.stack((loss.double(), norm.double(), step.first_bad_step.double())).tolist()
+        self._check_numerics(numbers[0], numbers[2])
         return {
             "step": self.step + 1,
             "samples_seen": (self.step + 1) * config.batch_size,
-            "loss": loss,
-            "grad_norm": norm.item(),
-            "lr": lr,
+            "loss": numbers[0],
+            "grad_norm": numbers[1],
+            "lr": learning_rate(config.optim, self.step, self._horizon),
         }
 
-    def _forward_backward(self, batch: Batch, grad_scale: Tensor) -> Tensor:
-        """Noise, predict, loss; gradients are accumulated in the weights. Returns losses fp32 [n]."""
-        device = self.accelerator.device
-        x_0 = batch.images.to(device, non_blocking=True)
-        ordinals = batch.ordinals.to(device, non_blocking=True)
-        noised = self.process.noise(x_0, ordinals, DTYPES[self.config.precision])
-        with self.unet.noise_address(self.config.seed, ordinals):
-            prediction = self.model(noised.x_t, noised.t, return_dict=False)[0]
-        losses, grad = self.process.loss_and_grad(prediction.detach(), noised, ordinals, x_0, grad_scale)
-        # The loss kernel has the gradient already: the backward pass starts at the prediction.
-        torch.autograd.backward(prediction, grad)
-        return losses
-
-    def _check_numerics(self, loss: float | None = None) -> None:
-        bad = int(self.first_bad_step.item())
+    def _check_numerics(
+        self, loss: float | None = None, norm: float = 0.0, first_bad_step: float | None = None
+    ) -> None:
+        bad = int(self.train_step.first_bad_step.item() if first_bad_step is None else first_bad_step)
         if bad >= 0:
             raise NumericsError(
                 f"the gradient of step {bad} is not finite; the run stops at step {self.step + 1} and its checkpoints "
@@ -362,7 +326,7 @@ class Trainer:
                 samples_seen=self.step * self.config.batch_size,
                 model=self.unet.state_dict(),
                 ema=self.ema_unet.state_dict(),
-                optimizer=optimizer_tensors(self.optimizer.optimizer, self.names),
+                optimizer=optimizer_tensors(self.optimizer, self.names),
                 scaler=scaler.state_dict() if scaler is not None else {},
             )
             self.checkpoints.save(state)
@@ -389,14 +353,13 @@ class Trainer:
             dtype=DTYPES[config.precision],
             seed=config.seed,
         )
-        with acc.autocast():
-            drawn = draw_images(
-                sampler,
-                config.grid.num,
-                shape=(config.model.in_channels, *config.model.image_size),
-                batch_size=config.grid.batch_size,
-                device=acc.device,
-            )
+        drawn = draw_images(
+            sampler,
+            config.grid.num,
+            shape=(config.model.in_channels, *config.model.image_size),
+            batch_size=config.grid.batch_size,
+            device=acc.device,
+        )
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         if acc.is_main_process:
             save_picture(grid(drawn.images), path)
@@ -434,6 +397,13 @@ def _run_folder(config: Config) -> Path:
     return expand(config.run or f"runs/{config.preset}")
 
 
+def _stored_precision(config: Config) -> str | None:
+    """What "auto" came to be at the run's first start."""
+    run = _run_folder(config)
+    stored = read_config(run) if config.precision == "auto" and Checkpoints(run).all() else None
+    return stored.precision if stored is not None else None
+
+
 def _trackers(names: tuple[str, ...]) -> list[str] | None:
     available = [str(t) for t in get_available_trackers()]
     for name in names:
@@ -465,27 +435,3 @@ def resolve(config: Config, run: Path) -> Config:
             )
         raise ConfigError(f"{run} is a run of another config ({'; '.join(changed)}): use these values or another --run")
     return config
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    for name in (
-        *("fastddpm", "torch", "triton", "accelerate", "datasets", "einops", "huggingface-hub", "numpy", "pillow"),
-        *("pyarrow", "safetensors", "tyro"),
-    ):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on a CUDA device, resident on the host otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where this fails with a clear ModuleNotFoundError
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -36,10 +36,12 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "downsample_padding": (0, 1),
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
-    "act_fn": tuple(blocks.ACTIVATIONS),
+    "act_fn": blocks.ACTIVATIONS,
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None, "timestep", "identity"),
 }
+# Keys that say how a net is trained, not what it is: not UNet2DModel's.
+OURS_ALONE = ("checkpoint_activations",)
 COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
 OPTIONAL_COUNTS = (
     "time_embedding_dim",
@@ -110,6 +112,8 @@ class UNetConfig:
     """Number of classes of a class-conditional net; None: unconditional."""
     num_train_timesteps: int | None = None
     """Kept for diffusers, where it sizes the learned time embedding, which is not supported here."""
+    checkpoint_activations: bool = False
+    """Make the activations of each residual block and attention again in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -232,12 +236,13 @@ class UNetConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         """Every key of UNet2DModel's config.json, and _class_name."""
-        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+        keys = {key: value for key, value in dataclasses.asdict(self).items() if key not in OURS_ALONE}
+        return {"_class_name": "UNet2DModel", **keys}
 
 
 # UNet2DModel's own defaults, which a config.json leaves out; sample_size has none that can be run.
 DIFFUSERS_DEFAULTS: dict[str, Any] = {
-    **{field.name: field.default for field in dataclasses.fields(UNetConfig)},
+    **{f.name: f.default for f in dataclasses.fields(UNetConfig) if f.name not in OURS_ALONE},
     "sample_size": None,
     "freq_shift": 0,
     "flip_sin_to_cos": True,
@@ -279,7 +284,8 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, *, seed: int = 0):
         super().__init__()
         self.config = config
-        self.address = blocks.NoiseAddress()
+        self.shared = blocks.Shared()
+        self.shared.recompute = config.checkpoint_activations
         device = torch.get_default_device()
         with torch.device("meta"):  # so that no module draws initial values of its own
             self._build()
@@ -287,6 +293,12 @@ class UNet(nn.Module):
         for layer, dropout in enumerate(module for module in self.modules() if isinstance(module, blocks.Dropout)):
             dropout.layer = layer
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (
+                1,
+                1,
+            ):  # matrices, as their gradients are
+                module.weight.data = module.weight.data.flatten(1)[:, :, None, None]
         if device.type != "meta":
             self.to_empty(device=device)
             self.reset_parameters(seed)
@@ -299,10 +311,9 @@ class UNet(nn.Module):
             embedding_channels=config.time_channels,
             groups=config.norm_num_groups,
             norm_eps=config.norm_eps,
-            activation=blocks.ACTIVATIONS[config.act_fn],
             scale_shift=config.resnet_time_scale_shift == "scale_shift",
             dropout=config.dropout,
-            address=self.address,
+            shared=self.shared,
         )
 
         def attention(
@@ -313,14 +324,15 @@ class UNet(nn.Module):
                 head_channels=config.attention_head_dim or width,
                 groups=groups,
                 norm_eps=config.norm_eps,
+                shared=self.shared,
                 output_scale=output_scale,
             )
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = blocks.TimestepEmbedding(channels[0], config.time_channels)
+        self.time_embedding = blocks.TimestepEmbedding(channels[0], config.time_channels, self.shared)
         self.class_embedding: nn.Module | None = None
         if config.class_embed_type == "timestep":
-            self.class_embedding = blocks.TimestepEmbedding(channels[0], config.time_channels)
+            self.class_embedding = blocks.TimestepEmbedding(channels[0], config.time_channels, self.shared)
         elif config.class_embed_type == "identity":
             self.class_embedding = nn.Identity()
         elif config.num_class_embeds is not None:
@@ -333,7 +345,7 @@ class UNet(nn.Module):
             downsampler: nn.Module | None = None
             if level < levels - 1:
                 if (resampling or config.downsample_type) == "conv":
-                    downsampler = blocks.Downsample(width, config.downsample_padding)
+                    downsampler = blocks.Downsample(width, config.downsample_padding, self.shared)
                 else:
                     downsampler = resnet(width, width, resample=blocks.average_pool)
             self.down_blocks.append(
@@ -341,6 +353,7 @@ class UNet(nn.Module):
                     [resnet(width if i else width_in, width) for i in range(config.layers_per_block)],
                     [attention(width) for _ in range(config.layers_per_block)] if has_attention else [],
                     downsampler,
+                    self.shared,
                 )
             )
 
@@ -354,7 +367,7 @@ class UNet(nn.Module):
             upsampler: nn.Module | None = None
             if level > 0:
                 if (resampling or config.upsample_type) == "conv":
-                    upsampler = blocks.Upsample(width)
+                    upsampler = blocks.Upsample(width, self.shared)
                 else:
                     upsampler = resnet(width, width, resample=blocks.upsample_nearest)
             self.up_blocks.append(
@@ -362,6 +375,7 @@ class UNet(nn.Module):
                     [resnet((width if i else width_below) + skip, width) for i, skip in enumerate(skip_widths)],
                     [attention(width) for _ in skip_widths] if has_attention else [],
                     upsampler,
+                    self.shared,
                 )
             )
 
@@ -374,6 +388,7 @@ class UNet(nn.Module):
             self.mid_block = blocks.MidBlock(
                 [resnet(channels[-1], channels[-1], output_scale=scale) for _ in range(2)],
                 attention(channels[-1], groups, scale) if config.add_attention else None,
+                self.shared,
             )
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
@@ -393,6 +408,21 @@ class UNet(nn.Module):
         """Device of the parameters (diffusers' pipelines ask for it)."""
         return self.conv_in.weight.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of activations, products and the prediction; weights are cast to it, norms compute in fp32.
+
+        The parameters' own dtype unless set. bfloat16 or float16 over float32 parameters is mixed precision: the
+        parameters and their gradients stay float32, and no autocast is needed.
+        """
+        return self.shared.dtype or self.dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"compute_dtype is {dtype}: give a floating point type, or None for the parameters' own")
+        self.shared.dtype = dtype
+
     @contextmanager
     def noise_address(self, seed: int, ordinals: Tensor) -> Iterator[None]:
         """Inside, dropout masks are those of (seed, dropout layer, ordinal), wherever a sample lies in which batch.
@@ -400,14 +430,23 @@ class UNet(nn.Module):
         seed: int in [0, 2^63). ordinals: int64 [N] on the net's device, the samples' places in the training sequence.
         Layers are numbered in the order of modules(). Outside, masks come from torch's own generator (a loop of the
         user's own). Holds for wrappers of this net (DDP, accelerate, torch.compile) too; a deep copy of it is not
-        affected. Activations recomputed in a backward pass need that pass inside as well.
+        affected.
         """
-        before = self.address.seed, self.address.ordinals
-        self.address.seed, self.address.ordinals = seed, ordinals
-        try:
+        with self.shared.address(seed, ordinals):
             yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[object]:
+        """Inside, weights are taken not to change and get no gradients: cast and concatenated once, for sampling.
+
+        Gives what keeps the casts, for whoever captures their addresses in a graph.
+        """
+        before, self.shared.frozen = self.shared.frozen, {}
+        try:
+            with torch.no_grad():
+                yield self.shared.frozen
         finally:
-            self.address.seed, self.address.ordinals = before
+            self.shared.frozen = before
 
     def forward(
         self,
@@ -420,29 +459,41 @@ class UNet(nn.Module):
 
         class_labels: int64 [N] for num_class_embeds; numbers [N] for class_embed_type timestep; [N, time_channels] for
         identity; None for an unconditional net. Everything but timestep and integer labels gets a gradient.
-        return_dict=False gives a plain tuple of one tensor. ConfigError for sizes that cannot be halved often enough,
-        ValueError for a timestep of another shape and for labels missing or not wanted.
+        return_dict=False gives a plain tuple of one tensor. The result is of compute_dtype. ConfigError for sizes that
+        cannot be halved often enough, ValueError for a timestep of another shape and for labels missing or not wanted.
         """
         height, width = sample.shape[2:]
         if height % self.config.size_multiple or width % self.config.size_multiple:
             self.config.check_size((height, width))
-        embedding = nn.functional.silu(self._embed(sample, timestep, class_labels))
+        projected = iter(self._project(self._embed(sample, timestep, class_labels)))
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         # Converted here, once: from then on the weights' memory order keeps channels_last.
-        h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
-        skips: tuple[Tensor, ...] = (h,)
+        x = sample.to(self.compute_dtype).contiguous(memory_format=torch.channels_last)
+        h = blocks.Sum(blocks.convolve(x, self.conv_in, self.shared))
+        skips: tuple[Tensor, ...] = ()
         for block in self.down_blocks:
-            h, states = block(h, embedding)
+            h, states = block(h, projected)
             skips += states
         if self.mid_block is not None:
-            h = self.mid_block(h, embedding)
+            last, h = self.mid_block(h, projected)
+        else:
+            last = h.tensor()
+            h = blocks.Sum(last)
+        skips += (last,)
         count = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            h = block(h, skips[-count:], embedding)
+            h = block(h, skips[-count:], projected)
             skips = skips[:-count]
-        output = self.conv_out(nn.functional.silu(self.conv_norm_out(h)))
+        y, _ = blocks.norm_silu(h, self.conv_norm_out, self.shared)
+        output = blocks.convolve(y, self.conv_out, self.shared)
         return UNetOutput(output) if return_dict else (output,)
+
+    def _project(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """What each residual block gets of the embedding, in the order of their use."""
+        stages = [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]
+        resnets = [resnet for stage in stages for resnet in blocks.resnets_of(stage)]
+        return blocks.project_embedding(nn.functional.silu(embedding), resnets, self.shared)
 
     def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
         """[N, time_channels]: the embedding of the timestep, plus that of the class."""
@@ -458,7 +509,7 @@ class UNet(nn.Module):
             freq_shift=config.freq_shift,
         )
         t = timestep.to(sample.device).reshape(-1).expand(count)
-        embedding = self.time_embedding(project(t).to(self.dtype))
+        embedding = self.time_embedding(project(t).to(self.compute_dtype))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to an unconditional net")
@@ -466,8 +517,8 @@ class UNet(nn.Module):
         if class_labels is None:
             raise ValueError("class_labels are missing: the net is class-conditional")
         if config.class_embed_type == "timestep":
-            class_labels = project(class_labels).to(self.dtype)
-        return embedding + self.class_embedding(class_labels).to(self.dtype)
+            class_labels = project(class_labels).to(self.compute_dtype)
+        return embedding + self.class_embedding(class_labels).to(self.compute_dtype)
 
 
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

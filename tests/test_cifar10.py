@@ -26,7 +26,7 @@ def _start(run: Path, world: int, *more: str) -> subprocess.Popen:
     command = [
         *(sys.executable, *launcher, "-m", "fastddpm", *separator, "train", "--preset", "cifar10"),
         *("--data.source", f"parquet:{CIFAR10}", "--run", str(run), "--batch-size", "4", "--log-every", "1"),
-        *("--optim.horizon", "10", "--sample-every", "0", "--data.workers", "1", *more),
+        *("--optim.horizon", "10", "--sample-every", "0", "--data.workers", "1", "--precision", "fp32", *more),
     ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),

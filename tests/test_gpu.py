@@ -64,14 +64,14 @@ def test_the_first_loss_is_the_cpus(tmp_path, whole):
     """Same samples, timesteps, flips, dropout masks and noise: only arithmetic differs."""
     trainer = Trainer(small(tmp_path / "cpu"))
     (batch,) = list(trainer.data.batches(0, 0, 1, 64, workers=0))
-    on_cpu = trainer.process.noise(batch.images, batch.ordinals)
-    on_gpu = trainer.process.noise(batch.images.cuda(), batch.ordinals.cuda())
+    on_cpu = trainer.train_step.process.noise(batch.images, batch.ordinals)
+    on_gpu = trainer.train_step.process.noise(batch.images.cuda(), batch.ordinals.cuda())
     assert torch.equal(on_cpu.t, on_gpu.t.cpu()) and torch.equal(on_cpu.flip, on_gpu.flip.cpu())
     assert (on_cpu.x_t - on_gpu.x_t.cpu()).abs().max() < 1e-3
     network = trainer.unet.cpu().train()
     with network.noise_address(0, batch.ordinals):
         prediction = network(on_cpu.x_t, on_cpu.t).sample
-    loss = trainer.process.loss(prediction, on_cpu, batch.ordinals).mean().item()
+    loss = trainer.train_step.process.loss(prediction, on_cpu, batch.ordinals).mean().item()
     assert losses(whole)[0] == pytest.approx(loss, rel=1e-4)
 
 

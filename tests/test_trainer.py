@@ -18,9 +18,10 @@ from fastddpm.checkpoint import Checkpoints, State, load_optimizer, optimizer_te
 from fastddpm.config import Config, preset
 from fastddpm.diffusion import TrainingProcess
 from fastddpm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from fastddpm.machine import flushed_denormals
 from fastddpm.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from fastddpm.runlog import RunLog
-from fastddpm.trainer import Trainer, flushed_denormals
+from fastddpm.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,7 +229,7 @@ def test_one_and_two_processes_see_the_same_samples_timesteps_and_noise(tmp_path
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("fastddpm.trainer.Accelerator", lambda **_: _Alone())
+    monkeypatch.setattr("fastddpm.machine.Accelerator", lambda **_: _Alone())
     with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU"):
         Trainer(small(tmp_path / "run"))
 
@@ -237,7 +238,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
 def test_sharded_launches_are_refused_rather_than_trained_wrongly(tmp_path, monkeypatch, kind):
     sharded = _Alone()
     sharded.distributed_type = DistributedType(kind)
-    monkeypatch.setattr("fastddpm.trainer.Accelerator", lambda **_: sharded)
+    monkeypatch.setattr("fastddpm.machine.Accelerator", lambda **_: sharded)
     with pytest.raises(ConfigError, match=f"distributed type {kind} is not supported"):
         Trainer(small(tmp_path / "run"))
 
@@ -434,9 +435,9 @@ def test_pruning_never_deletes_the_newest_good_checkpoint(tmp_path):
 def test_the_average_does_not_move_on_a_skipped_step():
     """fp16: torch's fused Adam skips an overflowing step on the device; the average must not move either."""
     average, weight = [torch.zeros(3)], [torch.ones(3)]
-    update_ema(average, weight, 0.9, torch.tensor(False))
+    update_ema(average, weight, 0.1, torch.tensor(False))
     assert torch.equal(average[0], torch.zeros(3))
-    update_ema(average, weight, 0.9, torch.tensor(True))
+    update_ema(average, weight, 0.1, torch.tensor(True))
     torch.testing.assert_close(average[0], torch.full((3,), 0.1))
 
 

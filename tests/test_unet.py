@@ -6,15 +6,16 @@ import inspect
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import tyro
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+import fastddpm_kernels
+from fastddpm import blocks
 from fastddpm.blocks import Attention, Dropout, ResnetBlock
 from fastddpm.errors import ConfigError
 from fastddpm.flops import flops_per_image
@@ -176,6 +177,30 @@ def test_float64_output_and_all_gradients_are_those_of_diffusers(config: UNetCon
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_option_gives_the_results_of_diffusers(changes: dict) -> None:
     check_against_diffusers(dataclasses.replace(TINY, **changes), batch=3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4}])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference"])
+def test_kernels_and_folded_biases_give_the_results_of_diffusers(
+    impl: str, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the norms add biases, embeddings, residuals and skips (here in Triton's interpreter)."""
+    if impl == "native" and (reason := fastddpm_kernels.native_available()):
+        pytest.skip(reason)
+    monkeypatch.setattr(blocks.Shared, "folds_bias", lambda self, x: True)
+    config = dataclasses.replace(TINY, **changes)
+    ours, theirs = twins(config, torch.float32)
+    ours.shared.impl = impl
+    x_t, t, _ = example(config, 2, torch.float32)
+    results = []
+    for net in (ours, theirs):
+        output = net(x_t, t).sample
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        results.append((output, torch.autograd.grad(output, list(net.parameters()), upstream)))
+    (output, gradients), (true_output, true_gradients) = results
+    assert_close("output", output, true_output, 1e-5)
+    for (name, _), gradient, truth in zip(ours.named_parameters(), gradients, true_gradients, strict=True):
+        assert_close(name, gradient, truth, 1e-4, absolute=name.endswith("to_k.bias"))
 
 
 @pytest.mark.parametrize(("config", "batch"), [(HO, 2), (ADM, 3), (DIGITS, 4)], ids=["ho", "adm", "digits"])
@@ -446,12 +471,27 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 @pytest.mark.parametrize("config", [HO, ADM, DIGITS], ids=["ho", "adm", "digits"])
-def test_flops_are_those_that_torch_counts(config: UNetConfig) -> None:
-    net = UNet(config)
+def test_flops_are_those_of_the_layers_shapes(config: UNetConfig) -> None:
+    """Counted by hand: 2 x weights x output pixels of convolutions and linear layers, and 4 L^2 C of each attention."""
+    total = 0.0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            total += 2 * module.weight.numel() * output.shape[2] * output.shape[3]
+        elif isinstance(module, nn.Linear):
+            total += 2 * module.weight.numel() * (output.numel() // output.shape[-1])
+        else:
+            total += 4 * inputs[0].shape[2:].numel() ** 2 * module.to_q.out_features
+
+    theirs = UNet2DModel.from_config(config.to_diffusers())
+    for module in theirs.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) or type(module).__name__ == "Attention":
+            module.register_forward_hook(count)
     x_t, t, labels = example(config, 1, torch.float32)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        net(x_t, t, labels)
-    assert flops_per_image(config) == counter.get_total_flops()
+    with torch.no_grad():
+        theirs(x_t, t, labels)
+    assert flops_per_image(config) == total
 
 
 def test_flops_of_hos_cifar10_net() -> None:
@@ -471,18 +511,21 @@ def dropout_net(p: float = 0.25) -> UNet:
 def masks(net: UNet, x_t: Tensor, ordinals: Tensor | None, seed: int = 11) -> list[Tensor]:
     """What each dropout layer keeps, bool [N, C, H, W], in the order of the layers' numbers."""
     kept: dict[int, Tensor] = {}
+    norm_silu = blocks.norm_silu
 
-    def record(module: Dropout, inputs: tuple[Tensor], output: Tensor) -> None:
-        kept[module.layer] = output != 0
+    def record(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        y, total = norm_silu(*args, **kwargs)
+        if kwargs.get("dropout") is not None:
+            kept[kwargs["dropout"].layer] = y != 0
+        return y, total
 
-    handles = [m.register_forward_hook(record) for m in net.modules() if isinstance(m, Dropout)]
-    if ordinals is None:
-        net(x_t, 10)
-    else:
-        with net.noise_address(seed, ordinals):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "norm_silu", record)
+        if ordinals is None:
             net(x_t, 10)
-    for handle in handles:
-        handle.remove()
+        else:
+            with net.noise_address(seed, ordinals):
+                net(x_t, 10)
     return [kept[layer] for layer in sorted(kept)]
 
 
@@ -491,7 +534,7 @@ def test_dropout_layers_are_numbered_in_order_of_definition() -> None:
         with torch.device("meta"):
             net = UNet(config)
         assert [m.layer for m in net.modules() if isinstance(m, Dropout)] == list(range(count))
-        assert {id(m.address) for m in net.modules() if isinstance(m, Dropout)} == {id(net.address)}
+        assert {id(m.shared) for m in net.modules() if isinstance(m, ResnetBlock)} == {id(net.shared)}
 
 
 def test_a_sample_has_its_own_masks_wherever_it_lies() -> None:
@@ -530,18 +573,17 @@ def test_masks_differ_between_layers_and_samples_and_keep_the_right_share() -> N
 
 def test_dropped_outputs_are_zero_and_kept_ones_are_scaled_up_forward_and_backward() -> None:
     net = dropout_net()
-    layer = next(m for m in net.modules() if isinstance(m, Dropout))
-    x = torch.rand(5, 3, 6, 7, generator=torch.Generator().manual_seed(0)) + 1
+    layer = next(m for m in net.modules() if isinstance(m, ResnetBlock))
+    x = torch.rand(5, 12, 6, 7, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
     for ordinals in (torch.arange(5), None):
-        x.requires_grad_().grad = None
+        h = blocks.Sum(x)
         with net.noise_address(1, ordinals):
-            y = layer(x)
-        y.backward(torch.full_like(y, 3.0))
-        ratio = (y / x).detach()
-        torch.testing.assert_close(ratio, (y != 0) / 0.75)
-        torch.testing.assert_close(x.grad, 3 * ratio)
+            y, _ = blocks.norm_silu(h, layer.norm1, net.shared, dropout=layer.dropout)
+        kept, _ = blocks.norm_silu(h, layer.norm1, net.shared)
+        torch.testing.assert_close(y, torch.where(y != 0, kept / 0.75, 0.0))
     net.eval()
-    assert layer(x) is x
+    assert torch.equal(blocks.norm_silu(h, layer.norm1, net.shared, dropout=layer.dropout)[0], kept)
 
 
 def test_without_an_address_torch_draws_the_masks() -> None:
@@ -566,15 +608,15 @@ def test_an_address_ends_with_its_block_and_belongs_to_one_net() -> None:
     ordinals = torch.arange(3)
     with net.noise_address(1, ordinals):
         with net.noise_address(2, ordinals + 1):
-            assert net.address.seed == 2
-        assert net.address.seed == 1 and net.address.ordinals is ordinals
+            assert net.shared.seed == 2
+        assert net.shared.seed == 1 and net.shared.ordinals is ordinals
         copied = copy.deepcopy(net)
-    assert net.address.ordinals is None
+    assert net.shared.ordinals is None
     with pytest.raises(ZeroDivisionError), net.noise_address(1, ordinals):
         raise ZeroDivisionError
-    assert net.address.ordinals is None
-    assert {id(m.address) for m in copied.modules() if isinstance(m, Dropout)} == {id(copied.address)}
-    assert copied.address is not net.address
+    assert net.shared.ordinals is None
+    assert {id(m.shared) for m in copied.modules() if isinstance(m, ResnetBlock)} == {id(copied.shared)}
+    assert copied.shared is not net.shared
     copied = copy.deepcopy(net)
     x_t, t, _ = example(TINY, 3, torch.float32)
     with net.noise_address(1, ordinals), copied.noise_address(1, ordinals):

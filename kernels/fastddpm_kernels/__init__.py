@@ -1,4 +1,4 @@
-"""Kernels of fastddpm: addressable noise, fused noising, loss and reverse step, in Triton with torch references.
+"""Kernels of fastddpm: addressable noise, fused noising, loss, reverse step and norms, in Triton with torch references.
 
 Imports torch alone; triton is needed for impl="triton" only. The references run anywhere torch runs.
 """
@@ -15,6 +15,16 @@ from .draws import (
     draw_timesteps_triton,
 )
 from .dropout import DROPOUT, dropout, dropout_reference, dropout_triton
+from .group_norm import (
+    GROUP_NORM_SILU,
+    GROUP_NORM_SILU_BACKWARD,
+    group_norm_silu,
+    group_norm_silu_backward,
+    group_norm_silu_backward_reference,
+    group_norm_silu_backward_triton,
+    group_norm_silu_reference,
+    group_norm_silu_triton,
+)
 from .loss import (
     DIFFUSION_LOSS,
     DIFFUSION_LOSS_AND_GRAD,
@@ -26,6 +36,7 @@ from .loss import (
     diffusion_loss_reference,
     diffusion_loss_triton,
 )
+from .native import native_available
 from .noising import ADD_NOISE, add_noise, add_noise_reference, add_noise_triton
 from .ops import Case, Op
 from .philox import STREAM_VERSION, Stream, philox_words, stream_tag
@@ -41,6 +52,8 @@ OPS: dict[str, Op] = {
         DIFFUSION_LOSS_AND_GRAD,
         REVERSE_STEP,
         DROPOUT,
+        GROUP_NORM_SILU,
+        GROUP_NORM_SILU_BACKWARD,
     )
 }
 
@@ -70,6 +83,13 @@ __all__ = [
     "dropout",
     "dropout_reference",
     "dropout_triton",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "group_norm_silu_backward_reference",
+    "group_norm_silu_backward_triton",
+    "group_norm_silu_reference",
+    "group_norm_silu_triton",
+    "native_available",
     "philox_words",
     "reverse_step",
     "reverse_step_reference",

@@ -11,15 +11,16 @@ IMPLS = ("triton", "reference")
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is also ROCm's name
 
 
-def resolve_impl(impl: str | None, device: torch.device) -> str:
+def resolve_impl(impl: str | None, device: torch.device, cpu_impls: tuple[str, ...] = ()) -> str:
     """The implementation to run: `impl` itself, or the device's own when it is None. Never falls back.
 
-    Raises ValueError for an unknown name and RuntimeError when "triton" was asked for and cannot run there.
+    cpu_impls: names that the op knows besides, the first of which is the default off the GPU. Raises ValueError for an unknown name and RuntimeError when "triton" was asked for and cannot run there.
     """
     if impl is None:
-        impl = "triton" if device.type in TRITON_DEVICES else "reference"
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r} is not known: use one of {', '.join(IMPLS)}, or None to choose by the device")
+        impl = "triton" if device.type in TRITON_DEVICES else (*cpu_impls, "reference")[0]
+    known = (*IMPLS, *cpu_impls)
+    if impl not in known:
+        raise ValueError(f"impl={impl!r} is not known: use one of {', '.join(known)}, or None to choose by the device")
     if impl == "triton":
         if not HAS_TRITON:
             raise RuntimeError("impl='triton' needs the triton package: pip install triton, or use impl='reference'")

@@ -74,7 +74,7 @@ def dropout(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int, imp
 def dropout_reference(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int) -> Tensor:
     """`dropout` in plain torch."""
     shape, threshold, tag = (x.shape[1], x.shape[2], x.shape[3]), dropout_threshold(p), stream_tag(4, layer)
-    return _apply(x, _mask_reference(ordinals, shape, threshold, tag, seed, is_channels_last(x)), threshold)
+    return _apply(x, dropout_mask_reference(ordinals, shape, threshold, tag, seed, is_channels_last(x)), threshold)
 
 
 def dropout_triton(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int) -> Tensor:
@@ -95,12 +95,12 @@ def _apply(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
     return torch.where(keep, x, 0.0).mul_(HALVES / (HALVES - threshold))
 
 
-def _mask_reference(
+def dropout_mask_reference(
     ordinals: Tensor, shape: tuple[int, int, int], threshold: int, tag: int, seed: int, channels_last: bool
 ) -> Tensor:
     """The kept elements, bool [N, C, H, W] for shape (C, H, W)."""
     if ordinals.device.type == "mps":  # the words must agree bit for bit: made where int64 products are known to
-        return _mask_reference(ordinals.cpu(), shape, threshold, tag, seed, channels_last).to(ordinals.device)
+        return dropout_mask_reference(ordinals.cpu(), shape, threshold, tag, seed, channels_last).to(ordinals.device)
     num_channels, height, width = shape
     num_samples, num_elements = ordinals.shape[0], num_channels * height * width
     num_counters = -(-num_elements // 8)
@@ -130,7 +130,7 @@ def _mask_reference(
 def _launch_mask(
     ordinals: Tensor, shape: tuple[int, int, int], threshold: int, tag: int, seed: int, channels_last: bool
 ) -> Tensor:
-    """`_mask_reference` as one Triton launch."""
+    """`dropout_mask_reference` as one Triton launch."""
     keep = _empty_mask(ordinals, shape, channels_last)
     if keep.numel() == 0:
         return keep
@@ -170,7 +170,7 @@ def _empty_mask(ordinals: Tensor, shape: tuple[int, int, int], channels_last: bo
 def _dropout_mask_op(
     ordinals: Tensor, shape: list[int], threshold: int, tag: int, seed: int, channels_last: bool, impl: str
 ) -> Tensor:
-    function = _launch_mask if impl == "triton" else _mask_reference
+    function = _launch_mask if impl == "triton" else dropout_mask_reference
     return function(ordinals, (shape[0], shape[1], shape[2]), threshold, tag, seed, channels_last)
 
 

@@ -1,0 +1,125 @@
+"""What a run finds on its machine: devices and processes, the precision that pays, memory, versions."""
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+
+from .errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How much faster products have to be in bf16 for its rounding: without matrix units the casts eat the gain.
+WORTH_BF16 = 1.5
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU)
+
+
+def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
+    """An accelerator of a settled precision (not "auto"), which is the config's alone, checked against the device.
+
+    Raises:
+        ConfigError: for fp16 on a CPU, where accelerate would run fp32 without a word, and for several processes that
+            do not know of each other.
+    """
+    mixed = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # or accelerate refuses a second precision in one process
+    accelerator = Accelerator(mixed_precision=mixed, **kwargs)
+    if precision == "fp16" and accelerator.device.type in ("cpu", "mps"):
+        raise ConfigError(f"precision fp16 needs a GPU; on {accelerator.device.type} use bf16 or fp32")
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"distributed type {accelerator.distributed_type.value} is not supported: use one of the files in launch/"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and accelerator.num_processes == 1:
+        raise ConfigError(
+            f"{world} processes were launched but do not know of each other: on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Round denormals of this process to 0 meanwhile: CPUs are slow at them (digits: 53 -> 46 ms a step).
+
+    Ho's zero-scale layers start a run among them, and Adam's second moments end there.
+    """
+    before = bool(torch.full((1,), 1e-40).mul(1.0) == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def settle_precision(precision: str) -> tuple[str, str | None]:
+    """fp32, bf16 or fp16, the same on all processes, and a line that says why if it was to be found out ("auto").
+
+    bf16 on CUDA devices that have it; on a CPU where products in it are measured to be faster, in less than a second.
+    """
+    if precision != "auto":
+        return precision, None
+    state = PartialState()
+    found: list[Any] = [None]
+    if state.is_main_process:
+        found = [_measured_precision(state.device)]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    chosen: tuple[str, str] = found[0]
+    return chosen
+
+
+def _measured_precision(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16" if has else "fp32"), f"the GPU computes in bf16: {'yes' if has else 'no'}"
+    if device.type != "cpu":
+        return "fp32", f"bf16 on {device.type} has not been tried"
+    fp32, bf16 = (product_rate(dtype) for dtype in (torch.float32, torch.bfloat16))
+    chosen = "bf16" if bf16 > WORTH_BF16 * fp32 else "fp32"
+    rates = f"{bf16 / 1e9:,.0f} GFLOP/s in bf16, {fp32 / 1e9:,.0f} in fp32"
+    return chosen, f"products take {rates}, {torch.get_num_threads()} threads"
+
+
+def product_rate(dtype: torch.dtype, size: int = 768) -> float:
+    """FLOP per second of a CPU's matrix product, the best of a few."""
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    best, deadline = float("inf"), time.perf_counter() + 0.25
+    while time.perf_counter() < deadline or best == float("inf"):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in (
+        *("fastddpm", "torch", "triton", "accelerate", "datasets", "einops", "huggingface-hub", "numpy", "pillow"),
+        *("pyarrow", "safetensors", "tyro"),
+    ):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a CUDA device, resident on the host otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where this fails with a clear ModuleNotFoundError
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,195 @@
+"""One optimiser step: noise, predict, loss, gradient, clip, optimiser, EMA. Nothing in it waits for the device."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .config import EMAConfig, OptimConfig
+from .diffusion import TrainingProcess
+from .errors import ConfigError
+from .optim import clip_factor, ema_decay, learning_rate, make_optimizer, update_ema
+from .unet import UNet
+
+EAGER_STEPS = 3  # before a graph is captured: libraries choose their algorithms and allocate in them
+
+
+class TrainStep:
+    """DDPM's training step (Ho et al. 2020, algorithm 1) on one process's images, all of it on the device.
+
+    A step is one call, or with accumulation several calls of `accumulate` and one of `update`.
+
+    Args:
+        unet: the network, on its device; its parameters are trained, in their own dtype.
+        ema_unet: a copy of it, which becomes the average of its weights.
+        process: noising and loss.
+        optim, ema: of the config.
+        dtype: of activations and the prediction: float32, bfloat16 or float16.
+        horizon: step at which the learning rate's decay ends; by default optim.horizon.
+        share: weight of one image in this process's gradient; by default 1 over the images of a call.
+        accelerator: prepares model and optimiser for its processes and loss scale; by default there is one process.
+        graph: capture the whole step in a CUDA graph, after a few steps without, and again when shapes change.
+
+    Raises:
+        ConfigError: where no graph can be captured: without CUDA, with several processes, or with a loss scale.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        ema_unet: UNet,
+        process: TrainingProcess,
+        optim: OptimConfig,
+        ema: EMAConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        horizon: int | None = None,
+        share: float | None = None,
+        accelerator: Accelerator | None = None,
+        graph: bool = False,
+    ) -> None:
+        self.unet, self.process, self.optim, self.ema = unet, process, optim, ema
+        self.dtype = unet.compute_dtype = ema_unet.compute_dtype = dtype
+        self.horizon = horizon or optim.horizon
+        self.weights = list(unet.parameters())
+        self.averages = list(ema_unet.parameters())
+        self.device = self.weights[0].device
+        self.scaler = accelerator.scaler if accelerator is not None else None
+        if graph:
+            processes = accelerator.num_processes if accelerator is not None else 1
+            _check_graph(self.device, processes, self.scaler is not None)
+        self.model: nn.Module = unet
+        self.optimizer = make_optimizer(optim, self.weights, capturable=graph)
+        self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        if accelerator is not None:
+            self.model, self.optimizer = accelerator.prepare(unet, self.optimizer)
+            # The net casts its own inputs and weights: off with the wrapper that runs it under autocast, where norms
+            # are fp32, and turns its prediction into fp32.
+            accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.no_sync = lambda: accelerator.no_sync(self.model)
+        self.share = None if share is None else torch.full((), share, device=self.device)
+        # The first step whose gradient was not finite, kept on the device so that no step waits for it; -1 is none.
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.graph = _Graph(self) if graph else None
+
+    def __call__(self, images: Tensor, ordinals: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Optimiser step `step` = 0, 1, ... on one micro-batch.
+
+        Args:
+            images: uint8 or float [N, C, H, W] on the device, as TrainingProcess.noise takes them.
+            ordinals: int64 [N] on the device, places of the images in the training sequence.
+            step: the step's number, on which learning rate and EMA decay depend.
+
+        Returns:
+            losses float32 [N] and the gradient's norm before clipping, float32 []; the next call may overwrite them.
+        """
+        if self.graph is not None:
+            return self.graph(images, ordinals, step)
+        losses = self.accumulate(images, ordinals)
+        return losses, self.update(step)
+
+    def accumulate(self, images: Tensor, ordinals: Tensor, last: bool = True) -> Tensor:
+        """Add a micro-batch's gradient to the weights'; losses float32 [N]. Processes meet in the last one only."""
+        share = self.share if self.share is not None else torch.full((), 1.0 / len(images), device=self.device)
+        grad_scale = share if self.scaler is None else self.scaler.scale(share)
+        noised = self.process.noise(images, ordinals, self.dtype)
+        with contextlib.nullcontext() if last else self.no_sync():
+            with self.unet.noise_address(self.process.seed, ordinals):
+                prediction = self.model(noised.x_t, noised.t, return_dict=False)[0]
+            losses, grad = self.process.loss_and_grad(prediction.detach(), noised, ordinals, images, grad_scale)
+            # The loss kernel has the gradient already: the backward pass starts at the prediction.
+            torch.autograd.backward(prediction, grad)
+        return losses
+
+    def update(self, step: int) -> Tensor:
+        """Clip, optimiser and EMA with the accumulated gradient, which is dropped; returns its norm, float32 []."""
+        return self._update(learning_rate(self.optim, step, self.horizon), 1.0 - ema_decay(self.ema, step), step + 1)
+
+    def _update(self, lr: float | Tensor, ema_weight: float | Tensor, number: int | Tensor) -> Tensor:
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's own, inside accelerate's
+        optimizer.param_groups[0]["lr"] = lr
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        grads = [w.grad for w in self.weights if w.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.optim.clip_norm is not None:
+            if self.scaler is None and optimizer.defaults["fused"]:
+                # The fused optimisers divide by this where they read the gradient: no pass of its own.
+                optimizer.grad_scale = 1.0 / clip_factor(norm, self.optim.clip_norm)
+            else:
+                torch._foreach_mul_(grads, clip_factor(norm, self.optim.clip_norm))
+        applied = None
+        if self.scaler is None:
+            known = torch.isfinite(norm) | (self.first_bad_step >= 0)
+            self.first_bad_step.copy_(torch.where(known, self.first_bad_step, number))
+        else:
+            # torch's fused Adam obeys the loss scale's verdict on the device, so that nothing on the host knows of it.
+            applied = torch.isfinite(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.averages, self.weights, ema_weight, applied)
+        return norm
+
+
+def _check_graph(device: torch.device, num_processes: int, scaled: bool) -> None:
+    reasons = {
+        f"the step runs on {device.type}": device.type != "cuda",
+        f"{num_processes} processes exchange gradients in it": num_processes > 1,
+        "fp16's loss scale is adjusted on the host (use bf16)": scaled,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"a training step cannot be captured in a CUDA graph: {reason}; leave out --graph")
+
+
+class _Graph:
+    """The whole step in a CUDA graph; what changes from step to step is read from device memory."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self.step, self.eager_steps = step, 0
+        self.shapes: tuple[object, ...] = ()
+        self.captured: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream(step.device)
+        self.lr, self.ema_weight = (torch.zeros((), device=step.device) for _ in range(2))
+        self.number = torch.zeros((), dtype=torch.int64, device=step.device)
+
+    def __call__(self, images: Tensor, ordinals: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        step = self.step
+        self.lr.fill_(learning_rate(step.optim, number, step.horizon))
+        self.ema_weight.fill_(1.0 - ema_decay(step.ema, number))
+        self.number.fill_(number + 1)
+        shapes = (images.shape, images.dtype, images.stride(), ordinals.shape)
+        if shapes != self.shapes:
+            self.shapes, self.captured, self.eager_steps = shapes, None, 0
+            self.images, self.ordinals = images.clone(), ordinals.clone()
+        self.images.copy_(images)
+        self.ordinals.copy_(ordinals)
+        if self.captured is None and self.eager_steps < EAGER_STEPS:
+            self.eager_steps += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self._run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.captured is None:
+            self._capture()
+        assert self.captured is not None
+        self.captured.replay()
+        return self.results
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        losses = self.step.accumulate(self.images, self.ordinals)
+        return losses, self.step._update(self.lr, self.ema_weight, self.number)
+
+    def _capture(self) -> None:
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured, stream=self.stream):
+                self.results = self._run()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the step could not be captured in a CUDA graph: {reason}; leave out --graph") from error
+        self.captured = captured

@@ -1,0 +1,314 @@
+"""The training step against a plain rewrite; precision, recomputation, kept casts, layout copies, graphs, --compile."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastddpm_kernels
+from fastddpm.compiling import compile_unet
+from fastddpm.config import EMAConfig, OptimConfig
+from fastddpm.diffusion import ProcessConfig, TrainingProcess
+from fastddpm.errors import ConfigError
+from fastddpm.machine import product_rate, settle_precision
+from fastddpm.optim import ema_decay, learning_rate
+from fastddpm.samplers import Sampler
+from fastddpm.step import TrainStep
+from fastddpm.unet import UNet, UNetConfig
+
+NET = UNetConfig(
+    sample_size=16,
+    block_out_channels=(16, 32, 32),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    up_block_types=("ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=8,
+    dropout=0.2,
+)
+OPTIM = OptimConfig(name="adamw", lr=1e-3, warmup_steps=2, weight_decay=0.1, clip_norm=0.05, horizon=10, decay="cosine")
+SCHEDULE = ProcessConfig(num_timesteps=100).noise_schedule()
+SEED = 5
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def shaken(config: UNetConfig, device: str = "cpu") -> UNet:
+    """A net whose zero-scale layers are not zero."""
+    net = UNet(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return net.to(device).train()
+
+
+def batch(step: int, count: int = 6, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    ordinals = torch.arange(step * count, (step + 1) * count)
+    return images.contiguous(memory_format=torch.channels_last).to(device), ordinals.to(device)
+
+
+def make_step(config: UNetConfig = NET, device: str = "cpu", **options: Any) -> TrainStep:
+    net = shaken(config, device)
+    process = TrainingProcess(SCHEDULE, seed=SEED, flip=True)
+    return TrainStep(net, copy.deepcopy(net).eval(), process, OPTIM, EMAConfig(decay=0.9), **options)
+
+
+def run(step: TrainStep, count: int, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    results = [step(*batch(i, device=device), i) for i in range(count)]
+    return [(losses.clone(), norm.clone()) for losses, norm in results]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_step_is_algorithm_1_with_torchs_own_clipping_adamw_and_average(device: str) -> None:
+    step = make_step(device=device)
+    net = shaken(NET, device)
+    average = copy.deepcopy(net)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), betas=OPTIM.betas, eps=OPTIM.adam_eps, weight_decay=0.1, fused=False
+    )
+    for number in range(3):
+        images, ordinals = batch(number, device=device)
+        losses, norm = step(images, ordinals, number)
+        noised = step.process.noise(images, ordinals)
+        with net.noise_address(SEED, ordinals):
+            expected = step.process.loss(net(noised.x_t, noised.t).sample, noised, ordinals)
+        expected.mean().backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), OPTIM.clip_norm)
+        assert expected_norm > 2 * OPTIM.clip_norm, "nothing was clipped"
+        optimizer.param_groups[0]["lr"] = learning_rate(OPTIM, number, 10)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            decay = ema_decay(EMAConfig(decay=0.9), number)
+            for mean, weight in zip(average.parameters(), net.parameters(), strict=True):
+                mean.mul_(decay).add_(weight, alpha=1 - decay)
+        torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm, expected_norm, rtol=1e-4, atol=0)
+    for got, want in ((step.weights, net.parameters()), (step.averages, average.parameters())):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    assert step.first_bad_step.item() == -1
+
+
+def test_micro_batches_add_up_to_the_whole_batch() -> None:
+    whole, parts = make_step(), make_step(share=1 / 6)
+    images, ordinals = batch(0)
+    losses, norm = whole(images, ordinals, 0)
+    shares = [parts.accumulate(images[i : i + 2], ordinals[i : i + 2], last=i == 4) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.cat(shares), losses)
+    torch.testing.assert_close(parts.update(0), norm)
+
+
+def test_without_clip_norm_gradients_are_not_touched() -> None:
+    step = make_step()
+    step.optim = dataclasses.replace(OPTIM, clip_norm=None)
+    step(*batch(0), 0)
+    assert getattr(step.optimizer, "grad_scale", None) is None
+
+
+def test_the_first_bad_step_is_kept() -> None:
+    step = make_step()
+    images, ordinals = batch(0)
+    step(images, ordinals, 0)
+    with torch.no_grad():
+        step.weights[0][0] = float("nan")
+    for number in (1, 2):
+        step(images, ordinals, number)
+    assert step.first_bad_step.item() == 2  # counted from 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_follows_fp32_over_fp32_weights(device: str) -> None:
+    full, half = make_step(device=device), make_step(device=device, dtype=torch.bfloat16)
+    for (a, norm_a), (b, norm_b) in zip(run(full, 4, device), run(half, 4, device), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(norm_a, norm_b, rtol=0.05, atol=0)
+    assert {w.dtype for w in half.weights} == {torch.float32}
+    images, _ = batch(0, device=device)
+    assert half.unet(images.float(), 3).sample.dtype == torch.bfloat16
+
+
+class Copies(TorchDispatchMode):
+    """Records the operators that copy or transpose activations of 16 channels or more: not weights, nor statistics."""
+
+    def __init__(self, net: UNet) -> None:
+        super().__init__()
+        self.weights = {tuple(p.shape) for p in net.parameters()}
+        self.found: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in ("clone", "copy_", "_to_copy", "contiguous", "stack", "as_strided_copy", "permute_copy"):
+            tensor = args[0] if name == "copy_" else result
+            large = tensor.ndim >= 3 and tensor.shape[1 if tensor.ndim == 4 else -1] >= 16 and tensor.shape[0] == 6
+            if large and tensor.numel() > 10_000 and tuple(tensor.shape) not in self.weights:
+                self.found.append((name, tuple(tensor.shape)))
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"resnet_time_scale_shift": "scale_shift", "attention_head_dim": 8}])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_makes_no_layout_copies_of_activations(device: str, changes: dict[str, Any]) -> None:
+    step = make_step(dataclasses.replace(NET, dropout=0.0, **changes), device, dtype=torch.bfloat16)
+    images, ordinals = batch(0, device=device)
+    with Copies(step.unet) as copies:
+        step(images, ordinals, 0)
+    assert copies.found == []
+    with Copies(step.unet) as copies:
+        torch.zeros(6, 16, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+    assert copies.found, "a copy was not seen"
+
+
+# Less memory
+
+
+@pytest.mark.parametrize("addressed", [True, False])
+def test_recomputed_activations_give_the_same_gradients_and_keep_less(addressed: bool) -> None:
+    images, ordinals = batch(0)
+    results = []
+    for recompute in (False, True):
+        net = shaken(dataclasses.replace(NET, checkpoint_activations=recompute))
+        torch.manual_seed(3)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x_t = images.float() / 127.5 - 1
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            if addressed:
+                with net.noise_address(SEED, ordinals):
+                    output = net(x_t, 7).sample
+            else:
+                output = net(x_t, 7).sample
+            total = sum(kept.values())
+        output.square().sum().backward()  # outside of the address, as in the step
+        results.append((output, [p.grad for p in net.parameters()], total))
+    (output, grads, plain), (again, grads_again, less) = results
+    assert torch.equal(output, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    assert less < 0.7 * plain
+
+
+def test_checkpoint_activations_is_not_part_of_the_model() -> None:
+    config = dataclasses.replace(NET, checkpoint_activations=True)
+    assert UNetConfig.from_diffusers(config.to_diffusers()) == NET
+    with torch.device("meta"):
+        assert UNet(config).state_dict().keys() == UNet(NET).state_dict().keys()
+
+
+# Sampling
+
+
+class Casts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_frozen_weights_are_cast_once_and_give_the_same_results() -> None:
+    net = shaken(NET).eval()
+    net.compute_dtype = torch.bfloat16
+    x_t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = net(x_t, 7).sample
+    with net.frozen():
+        assert torch.equal(net(x_t, 7).sample, expected)
+        with Casts() as casts:
+            output = net(x_t, 7).sample
+    assert torch.equal(output, expected) and not output.requires_grad
+    assert casts.count < 60 < len(list(net.parameters()))
+    with torch.no_grad():
+        net.conv_out.weight.mul_(2)
+    assert not torch.equal(net(x_t, 7).sample, expected), "a cast was kept"
+    with pytest.raises(ValueError, match=r"compute_dtype is torch\.int8"):
+        net.compute_dtype = torch.int8
+
+
+# Graphs, --compile, precision
+
+
+def test_a_graph_needs_cuda_and_says_so() -> None:
+    with pytest.raises(ConfigError, match="CUDA graph: the step runs on cpu; leave out --graph"):
+        make_step(graph=True)
+    sampler = Sampler(shaken(NET).eval(), SCHEDULE, num_steps=2, graph=True)
+    with pytest.raises(ConfigError, match="cannot be captured on cpu"):
+        sampler.sample(torch.arange(1), (3, 16, 16))
+
+
+@pytest.mark.gpu
+def test_graphed_steps_are_the_eager_ones_and_shapes_may_change() -> None:
+    eager, graphed = make_step(device="cuda"), make_step(device="cuda", graph=True)
+    for (a, norm_a), (b, norm_b) in zip(run(eager, 8, "cuda"), run(graphed, 8, "cuda"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm_a, norm_b, rtol=1e-3, atol=0)
+    assert graphed.graph is not None and graphed.graph.captured is not None
+    for number in range(8, 14):
+        images, ordinals = batch(number, 4, "cuda")
+        torch.testing.assert_close(
+            graphed(images, ordinals, number)[0], eager(images, ordinals, number)[0], rtol=1e-3, atol=1e-4
+        )
+    for a, b in zip(graphed.averages, eager.averages, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5, "num_steps": 20}])
+def test_graphed_sampling_is_the_eager_one(options: dict[str, Any]) -> None:
+    net = shaken(NET, "cuda").eval()
+    plain, graphed = (Sampler(net, SCHEDULE, seed=SEED, graph=graph, **options) for graph in (False, True))
+    for first in (0, 4):  # the second batch replays the first one's graph
+        images = torch.arange(first, first + 4)
+        torch.testing.assert_close(
+            graphed.sample(images, (3, 16, 16), "cuda"),
+            plain.sample(images, (3, 16, 16), "cuda"),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+    steps = zip(graphed.steps(images, (3, 16, 16), "cuda"), plain.steps(images, (3, 16, 16), "cuda"), strict=True)
+    for a, b in steps:
+        assert (a.i, a.t) == (b.i, b.t)
+        torch.testing.assert_close(a.x_t, b.x_t, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a.x_0_hat, b.x_0_hat, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_steps_are_the_plain_ones(device: str, dtype: torch.dtype) -> None:
+    if device == "cpu" and (reason := fastddpm_kernels.native_available()):
+        pytest.skip(reason)
+    plain, compiled = make_step(device=device, dtype=dtype), make_step(device=device, dtype=dtype)
+    assert compile_unet(compiled.unet)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    for (a, norm_a), (b, norm_b) in zip(run(plain, 3, device), run(compiled, 3, device), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+        torch.testing.assert_close(norm_a, norm_b, rtol=0.05, atol=0)
+    assert plain.unet.state_dict().keys() == compiled.unet.state_dict().keys()
+
+
+def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastddpm_kernels, "native_available", lambda: "no C++ compiler was found: set CXX")
+    with pytest.raises(ConfigError, match=r"--compile: no C\+\+ compiler was found: set CXX; leave out --compile"):
+        compile_unet(UNet(NET))
+
+
+def test_auto_precision_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 2e11, torch.bfloat16: 1e12}
+    monkeypatch.setattr("fastddpm.machine.product_rate", lambda dtype: rates[dtype])
+    if not torch.cuda.is_available():
+        precision, why = settle_precision("auto")
+        assert precision == "bf16" and "1,000 GFLOP/s in bf16, 200 in fp32" in (why or "")
+        rates[torch.bfloat16] = 2.5e11
+        assert settle_precision("auto")[0] == "fp32"
+    assert settle_precision("fp32") == ("fp32", None)
+    assert 1e8 < product_rate(torch.float32, 64) < 1e15
