@@ -199,6 +199,7 @@ class Config:
             ),
             ("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "in [0, 1)"),
             ("data.workers", self.data.workers, self.data.workers >= 0, "at least 0"),
+            ("data.cache_gb", self.data.cache_gb, self.data.cache_gb >= 0, "at least 0"),
         )
         for name, value, ok, valid in checks:
             if not ok:
@@ -222,7 +223,7 @@ class Config:
 RUNTIME_FIELDS = frozenset(
     (
         *("preset", "run", "steps", "log_every", "save_every", "sample_every", "keep", "trackers", "data.workers"),
-        "model.checkpoint_activations",
+        *("data.cache_gb", "data.resident", "model.checkpoint_activations"),
     )
 )
 

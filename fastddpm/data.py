@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from .errors import ConfigError
-from .images import Fit
 from .order import BatchPlan
 
 if TYPE_CHECKING:  # datasets takes 0.6 s to import, for which --help and sampling need not wait
     from .sources import ImageSource
+
+Fit = Literal["exact", "resize", "crop", "resize_crop"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,17 @@ class DataConfig:
     workers: int = 2
     (
         "Loader processes per training process, which decode ahead of the training step; 0 decodes in the training "
-        "process itself. The order of the data does not depend on it."
+        "process itself, and so does a set that the cache holds whole. The order does not depend on it."
+    )
+    cache_gb: float = 8.0
+    (
+        "Largest data set, in GB of uint8 pixels at the model's size, whose decoded images are kept beside datasets' "
+        "cache and read from there ever after; 0 decodes anew each time. Streamed sets are not kept."
+    )
+    resident: bool = False
+    (
+        "Keep the whole decoded data set in the memory of each device: the step then waits for no data. Refused where "
+        "it does not fit; not for streamed sets."
     )
     shuffle_buffer: int = 2048
     (
@@ -73,7 +84,7 @@ class Batch(NamedTuple):
     ordinals: torch.Tensor
     """int64 [n]: positions p in the global sequence, the addresses of t, flip, noise and dropout."""
     rows: torch.Tensor
-    """int64 [n]: the row of the split; streamed, shard * 2^32 + row inside the shard."""
+    """int64 [n]: the row of the split; streamed, shard * 2^32 + row inside the shard. Always on the host."""
 
 
 def open_data(config: DataConfig, size: tuple[int, int], channels: int) -> ImageData:
@@ -90,6 +101,10 @@ def open_data(config: DataConfig, size: tuple[int, int], channels: int) -> Image
         raise ConfigError(f"data.workers is {config.workers}: it must be at least 0")
     if config.shuffle_buffer < 1:
         raise ConfigError(f"data.shuffle_buffer is {config.shuffle_buffer}: it must be at least 1")
+    if not config.cache_gb >= 0:
+        raise ConfigError(f"data.cache_gb is {config.cache_gb}: it must be at least 0")
+    if config.resident and config.streaming:
+        raise ConfigError("data.resident keeps a whole data set and data.streaming never has it: leave one of them out")
     from .sources import open_images
 
     return ImageData(config, open_images(config), size, channels)
@@ -109,7 +124,7 @@ class ImageData:
     """An opened data set; open_data makes it.
 
     num_images: rows of the split, None when streamed. num_classes and class_names: of the label column, each None
-    where it is not known.
+    where it is not known. warning: why decoded images are not kept although they should be, known after batches.
     """
 
     def __init__(self, config: DataConfig, source: ImageSource, size: tuple[int, int], channels: int) -> None:
@@ -119,6 +134,7 @@ class ImageData:
         self.num_images = source.num_images
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        self.warning: str | None = None
         self._source = source
 
     def batches(
@@ -131,29 +147,51 @@ class ImageData:
         world: int = 1,
         accumulation: int = 1,
         workers: int | None = None,
-        pin: bool = False,
+        device: torch.device | None = None,
     ) -> Generator[Batch, None, None]:
         """This rank's micro-batches of steps first_step .. last_step - 1: step by step, accumulation index by index.
 
         seed: the run's, in [0, 2^63). batch_size: the global one, a multiple of world x accumulation (ConfigError).
-        workers: loader processes, config.workers by default. pin: page-locked memory (only where there is CUDA).
+        workers: loader processes, config.workers by default.
+        device: where the batches are wanted; to a GPU each is copied while the step before it runs. By default they
+        stay on the host, or on the CPU where the data set is resident.
         Positions are step * batch_size and following, so a resumed run reads what the uninterrupted one would have.
         No global random state is read or changed. DataError for an image that cannot be used reaches the caller when
-        its own batch is due. Close the iterator (or drop it) to end its loader processes.
+        its own batch is due; of a resident set, which is loaded here (ConfigError where it does not fit), at once.
+        Close the iterator (or drop it) to end its loader processes.
         """
         plan = BatchPlan(batch_size, world, accumulation)
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} of {world} processes")
-        from .loader import Decoder, MapReader, Share, ShuffledStream, StreamReader, load
-
-        source = self._source
-        share = Share(plan, rank, seed, first_step, last_step)
-        decoder = Decoder(
-            self.config.source, source.image_column, source.label_column, self.size, self.channels, self.config.fit
+        from .cache import open_store
+        from .loader import (
+            Decoder,
+            MapReader,
+            Share,
+            ShuffledStream,
+            StreamReader,
+            copied_ahead,
+            load,
+            load_resident,
+            resident_batches,
         )
-        reader: MapReader | StreamReader
+
+        source, config = self._source, self.config
+        workers = config.workers if workers is None else workers
+        share = Share(plan, rank, seed, first_step, last_step)
+        decoder = Decoder(config.source, source.image_column, source.label_column, self.size, self.channels, config.fit)
         if self.num_images is None:
-            reader = StreamReader(ShuffledStream(source.dataset, decoder, self.config.shuffle_buffer), decoder, share)
+            stream = ShuffledStream(source.dataset, decoder, config.shuffle_buffer)
+            reader: MapReader | StreamReader = StreamReader(stream, decoder, share)
         else:
-            reader = MapReader(source.dataset, decoder, share, self.num_images)
-        return load(reader, share, self.config.workers if workers is None else workers, pin)
+            about = {**decoder._asdict(), "split": config.split}
+            shape = (self.num_images, *self.size, self.channels)
+            store, self.warning = open_store(source.dataset, about, shape, config.cache_gb * 1e9)
+            if store is not None and store.complete():
+                workers = 0
+            reader = MapReader(source.dataset, decoder, share, self.num_images, store)
+            if config.resident:
+                return resident_batches(load_resident(reader, workers, device or torch.device("cpu")), share)
+        if device is None or device.type == "cpu":
+            return load(reader, share, workers, pin=False)
+        return copied_ahead(load(reader, share, workers, pin=True), device)

@@ -7,12 +7,11 @@ without a word; here each is either converted by a stated rule or refused.
 from __future__ import annotations
 
 import io
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Fit = Literal["exact", "resize", "crop", "resize_crop"]
+from .data import Fit
 
 _ORIENTATION = 0x0112  # EXIF tag
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")

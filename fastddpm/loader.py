@@ -1,6 +1,7 @@
 """From undecoded rows to a process's micro-batches: random access or a shuffled stream, through torch's DataLoader.
 
 Loader workers hold no random state and ignore signals; what they cannot read reaches the caller as its own DataError.
+The batches of a GPU are copied while the step before them runs, or gathered from a data set that lives on the device.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +23,19 @@ from datasets.utils.file_utils import xopen
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from .data import Batch
-from .errors import DataError
-from .images import Fit, ImageProblem, decode_image
+from .cache import DecodedStore
+from .data import Batch, Fit
+from .errors import ConfigError, DataError
+from .images import ImageProblem, decode_image
 from .order import BatchPlan, Purpose, derive_key, permute, random_words, rows_at
+from .runlog import make_bar
 from .sources import library_errors, one_line
 
+T = TypeVar("T")
+
 _ROW_BITS = 32  # a streamed row is shard << 32 | row inside the shard
-_KEPT_BYTES = 1 << 26  # decoded images that each loader process keeps: the digits, not CIFAR-10
 _CHUNK_ROWS = 256  # rows that the library hands over at a time
+_RESIDENT_ROWS = 256  # rows decoded at a time on their way to the device
 
 
 class Share(NamedTuple):
@@ -42,7 +47,7 @@ class Share(NamedTuple):
     first_step: int
     last_step: int
 
-    def keys(self) -> Iterator[tuple[int, int]]:
+    def micro_batches(self) -> Iterator[tuple[int, int]]:
         return self.plan.micro_batches(self.first_step, self.last_step)
 
 
@@ -109,53 +114,57 @@ def _read_bytes(image: Any) -> bytes:
         raise ImageProblem(f"cannot be read: {one_line(error)}") from error
 
 
-class _Kept:
-    """Decoded images of a set small enough to hold in every loader process; filled as rows are asked for."""
-
-    known: np.ndarray | None = None
-    images: torch.Tensor
-    labels: torch.Tensor
-
-
 class MapReader(TorchDataset):
-    """Micro-batches of a data set with random access: one Arrow take, then the decoding, which a small set keeps."""
+    """Micro-batches of a data set with random access: from the store where it knows a row, or else decoded into it."""
 
-    def __init__(self, dataset: Any, decoder: Decoder, share: Share, num_images: int) -> None:
+    def __init__(
+        self, dataset: Any, decoder: Decoder, share: Share, num_images: int, store: DecodedStore | None = None
+    ) -> None:
         self.dataset = dataset
         self.decoder = decoder
         self.share = share
         self.num_images = num_images
-        kept = num_images * decoder.size[0] * decoder.size[1] * decoder.channels <= _KEPT_BYTES
-        self.kept = _Kept() if kept else None
+        self.store = store
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | _Failure:
-        share = self.share
-        positions = share.plan.positions(*key, share.rank)
-        rows = rows_at(positions, self.num_images, share.seed)
+        positions = self.share.plan.positions(*key, self.share.rank)
         try:
-            return self._decoded(positions, rows) if self.kept is None else self._kept(self.kept, positions, rows)
+            return self._batch(positions, self.rows(positions))
         except DataError as error:
             return _Failure(str(error))
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: the rows of the data set at `positions`."""
+        return rows_at(positions, self.num_images, self.share.seed)
+
+    def _batch(self, positions: np.ndarray, rows: np.ndarray) -> Batch:
+        if self.store is None:
+            return self._decoded(positions, rows)
+        images, labels, known = self.store.read(rows)
+        if not known.all():
+            new = self._decoded(positions[~known], rows[~known])
+            images[~known] = new.images.numpy()
+            if new.labels is not None:
+                labels[~known] = new.labels.numpy()
+            self.store.write(rows[~known], images[~known], labels[~known])
+        return Batch(
+            torch.from_numpy(images),
+            None if self.decoder.label_column is None else torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            torch.from_numpy(rows),
+        )
 
     def _decoded(self, positions: np.ndarray, rows: np.ndarray) -> Batch:
         with library_errors(self.decoder.source):
             table = self.dataset[rows.tolist()]
         return self.decoder.batch(self.decoder.values(table), positions, rows, lambda row: f"row {row}")
 
-    def _kept(self, kept: _Kept, positions: np.ndarray, rows: np.ndarray) -> Batch:
-        if kept.known is None:
-            kept.known = np.zeros(self.num_images, dtype=bool)
-            kept.images = torch.empty((self.num_images, *self.decoder.size, self.decoder.channels), dtype=torch.uint8)
-            kept.labels = torch.empty(self.num_images, dtype=torch.int64)
-        new = np.unique(rows[~kept.known[rows]])
-        if len(new):
-            batch = self._decoded(new, new)
-            kept.images[new] = batch.images
-            if batch.labels is not None:
-                kept.labels[new] = batch.labels
-            kept.known[new] = True
-        labels = None if self.decoder.label_column is None else kept.labels[rows]
-        return Batch(kept.images[rows], labels, torch.from_numpy(positions), torch.from_numpy(rows))
+
+class InOrder(MapReader):
+    """The rows as they are stored, again and again."""
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        return positions % self.num_images
 
 
 class ShuffledStream:
@@ -250,7 +259,7 @@ class StreamReader(IterableDataset):
         plan, rank = self.share.plan, self.share.rank
         examples: Iterator[tuple[int, int, tuple[Any, int]]] | None = None
         try:
-            for step, index in islice(self.share.keys(), worker, None, num_workers):
+            for step, index in islice(self.share.micro_batches(), worker, None, num_workers):
                 first = plan.first_position(step, index, rank)
                 if examples is None:
                     examples = self.stream.examples(self.share.seed, first)
@@ -322,6 +331,127 @@ def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool
         _close(iterator)
 
 
+def copied_ahead(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """The batches on `device`; on CUDA each is copied from pinned memory while the consumer works on the one before."""
+    if device.type != "cuda":
+        return _one_ahead(batches, lambda batch: _move(batch, device), lambda batch: batch)
+    stream = torch.cuda.Stream(device)
+
+    def send(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            # The pinned source may be dropped at once: its allocator, too, waits for the copy before it reuses it.
+            return _move(batch, device), stream.record_event()
+
+    def receive(sent: tuple[Batch, torch.cuda.Event]) -> Batch:
+        batch, copied = sent
+        consumer = torch.cuda.current_stream(device)
+        consumer.wait_event(copied)
+        for tensor in (batch.images, batch.labels, batch.ordinals):
+            if tensor is not None:
+                tensor.record_stream(consumer)  # or a later copy could take its memory while the step still reads it
+        return batch
+
+    return _one_ahead(batches, send, receive)
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    images, labels, ordinals = (
+        None if tensor is None else tensor.to(device, non_blocking=device.type == "cuda")
+        for tensor in (batch.images, batch.labels, batch.ordinals)
+    )
+    assert images is not None and ordinals is not None
+    return Batch(images, labels, ordinals, batch.rows)
+
+
+def _one_ahead(
+    batches: Generator[Batch, None, None], send: Callable[[Batch], T], receive: Callable[[T], Batch]
+) -> Generator[Batch, None, None]:
+    """Sends each batch before the one in front of it is handed out; a DataError waits until its own batch is due."""
+    with contextlib.closing(batches):
+        sent: T | None = None
+        while True:
+            failure: DataError | None = None
+            following: T | None = None
+            try:
+                if (batch := next(batches, None)) is not None:
+                    following = send(batch)
+            except DataError as error:
+                failure = error
+            if sent is not None:
+                yield receive(sent)
+            if failure is not None:
+                raise failure
+            if following is None:
+                return
+            sent = following
+
+
+class Resident(NamedTuple):
+    """A whole data set on a device."""
+
+    images: torch.Tensor
+    """uint8 [num_images, H, W, C]."""
+    labels: torch.Tensor | None
+    """int64 [num_images], or None without a label column."""
+
+
+def load_resident(reader: MapReader, workers: int, device: torch.device) -> Resident:
+    """Puts the whole data set of `reader` on `device`.
+
+    Raises ConfigError where it would take more than half of the memory that is free there (of a CPU: all that there
+    is), and DataError for an image that cannot be used.
+    """
+    decoder, num_images, rank = reader.decoder, reader.num_images, reader.share.rank
+    num_bytes, free = num_images * decoder.size[0] * decoder.size[1] * decoder.channels, _free_bytes(device)
+    if num_bytes > free // 2:
+        raise ConfigError(
+            f"data.resident: the {num_images:,} images take {num_bytes / 1e9:.3g} GB, more than half of the "
+            f"{free / 1e9:.3g} GB of memory of {device}: leave out --data.resident"
+        )
+    images = torch.empty((num_images, *decoder.size, decoder.channels), dtype=torch.uint8, device=device)
+    labels = None if decoder.label_column is None else torch.empty(num_images, dtype=torch.int64, device=device)
+    plan = BatchPlan(min(_RESIDENT_ROWS, num_images))
+    steps = -(-num_images // plan.batch_size)
+    first = rank * steps // reader.share.plan.world  # elsewhere on each rank, which finds in the store what others did
+    share = Share(plan, 0, 0, first, first + steps)
+    loading = load(
+        InOrder(reader.dataset, decoder, share, num_images, reader.store), share, workers, pin=device.type == "cuda"
+    )
+    with (
+        contextlib.closing(copied_ahead(loading, device)) as batches,
+        make_bar("decoding", "images", num_images, enabled=rank == 0) as bar,
+    ):
+        for batch in batches:
+            rows = batch.rows.to(device)
+            images.index_copy_(0, rows, batch.images.permute(0, 2, 3, 1))
+            if labels is not None and batch.labels is not None:
+                labels.index_copy_(0, rows, batch.labels)
+            bar.update(min(len(rows), num_images - bar.n))
+    return Resident(images, labels)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
+
+
+def resident_batches(resident: Resident, share: Share) -> Generator[Batch, None, None]:
+    """Micro-batches gathered on the device, for which the host sends row numbers and waits for nothing."""
+    device, num_images = resident.images.device, len(resident.images)
+    for step, index in share.micro_batches():
+        positions = share.plan.positions(step, index, share.rank)
+        rows = torch.from_numpy(rows_at(positions, num_images, share.seed))
+        places = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+        first = int(positions[0])
+        yield Batch(
+            resident.images.index_select(0, places).permute(0, 3, 1, 2),
+            None if resident.labels is None else resident.labels.index_select(0, places),
+            torch.arange(first, first + len(positions), device=device),
+            rows,
+        )
+
+
 def _as_it_is(item: Any) -> Any:
     return item
 
@@ -333,7 +463,7 @@ class _Keys(Sampler):
         self.share = share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self.share.keys()
+        return self.share.micro_batches()
 
 
 @contextlib.contextmanager

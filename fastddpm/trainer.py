@@ -221,6 +221,8 @@ class Trainer:
         stopped = False
         try:
             with StopRequest() as stop, flushed_denormals(), contextlib.closing(self._batches()) as batches:
+                if self.data.warning is not None:
+                    progress.say(f"warning: {self.data.warning}")
                 clock = _Clock()
                 while self.step < config.steps and not stopped:
                     logged = (self.step + 1) % config.log_every == 0
@@ -256,7 +258,7 @@ class Trainer:
             world=acc.num_processes,
             accumulation=config.accumulation,
             workers=config.data.workers,
-            pin=acc.device.type == "cuda",
+            device=acc.device,
         )
 
     def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", logged: bool) -> dict[str, Any] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +13,11 @@ import pytest
 import torch
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+# Prepared and decoded data sets of the tests stay out of the user's cache; xdist's workers and children share them.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastddpm-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Before any kernel is decorated: without a GPU every kernel runs in Triton's interpreter.
 if NUM_GPUS == 0:
