@@ -1,7 +1,6 @@
 """What --compile does to a network: compiled blocks on a GPU, the kernels package's compiled loops on a CPU."""
 
 import torch
-from torch import nn
 
 import fastddpm_kernels
 
@@ -9,16 +8,15 @@ from .blocks import Attention, ResnetBlock
 from .errors import ConfigError
 from .unet import UNet
 
-RECOMPILE_LIMIT = 64  # shapes of blocks in one net: torch's 8 would leave the rest uncompiled without a word
+RECOMPILE_LIMIT = 256  # compilations of one forward: torch's 8 are fewer than a net's blocks of different shapes
 
 
 def compile_unet(unet: UNet) -> str:
     """Compile a net in place, its names and state dict unchanged; returns what was done, in words.
 
-    On a GPU the residual blocks and attentions are compiled one by one (blocks of the same shapes share a compilation,
-    so it takes seconds) by torch.compile, in which our kernels are single operators. On a CPU, where torch.compile was
-    measured to lose against torch's own kernels, norms and activations become loops compiled by the machine's C++
-    compiler.
+    On a GPU the residual blocks and attentions are compiled one by one by torch.compile, in which our kernels are
+    single operators: seconds where compiling the whole net takes minutes. On a CPU, where torch.compile was measured
+    to lose against torch's own kernels, norms and activations become loops compiled by the machine's C++ compiler.
 
     Raises:
         ConfigError: if there is no compiler.
@@ -29,15 +27,17 @@ def compile_unet(unet: UNet) -> str:
             raise ConfigError(f"--compile: {reason}; leave out --compile")
         unet.shared.impl = "native"
         return "norms and activations as C++ loops of this machine's compiler"
+    return f"{compile_blocks(unet)} residual blocks and attentions by torch.compile"
+
+
+def compile_blocks(unet: UNet, backend: str = "inductor") -> int:
+    """torch.compile for each residual block and attention, in place; returns how many.
+
+    Those of the same shapes share a compilation, unless they drop activations: their masks differ by the layer's
+    number, which is compiled in.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock | Attention)]
     for module in blocks:
-        _compile(module)
-    return f"{len(blocks)} residual blocks and attentions by torch.compile"
-
-
-def _compile(module: nn.Module) -> None:
-    try:
-        module.compile(dynamic=False)
-    except RuntimeError as error:
-        raise ConfigError(f"--compile: torch.compile cannot run here: {error}; leave out --compile") from error
+        module.compile(dynamic=False, fullgraph=True, backend=backend)
+    return len(blocks)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddpm_kernels
-from fastddpm.compiling import compile_unet
+from fastddpm.compiling import compile_blocks, compile_unet
 from fastddpm.config import EMAConfig, OptimConfig
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
 from fastddpm.errors import ConfigError
@@ -294,6 +294,24 @@ def test_compiled_steps_are_the_plain_ones(device: str, dtype: torch.dtype) -> N
         torch.testing.assert_close(a, b, **tolerance)
         torch.testing.assert_close(norm_a, norm_b, rtol=0.05, atol=0)
     assert plain.unet.state_dict().keys() == compiled.unet.state_dict().keys()
+
+
+@pytest.mark.parametrize("dropout", [0.2, 0.0])
+def test_blocks_compile_one_by_one_without_graph_breaks(dropout: float) -> None:
+    """What --compile does on a GPU, here with torch.compile's tracing and autograd but without its code generation."""
+    config = dataclasses.replace(NET, layers_per_block=2, dropout=dropout)
+    plain, compiled = make_step(config), make_step(config)
+    plain.unet.shared.impl = compiled.unet.shared.impl = "reference"  # a single operator, as the kernels are
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    count = compile_blocks(compiled.unet, backend="aot_eager")
+    for (a, norm_a), (b, norm_b) in zip(run(plain, 2), run(compiled, 2), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm_a, norm_b, rtol=1e-4, atol=0)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= count and not counters["graph_break"]
+    assert dropout > 0 or graphs < count, "blocks of the same shapes were compiled twice"
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

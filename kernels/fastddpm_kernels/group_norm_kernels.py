@@ -882,7 +882,7 @@ class Cut:
 
     def merge(self) -> dict[str, Any]:
         """The constexpr arguments of the kernels that merge the splits."""
-        most = max(_power_of_2(self.GROUP), 2 * TILE_CHANNELS)
+        most = max(_power_of_2(self.GROUP), TILE_CHANNELS)
         bundle = min(most // self.GROUP * self.GROUP, self.C)
         return {
             "C": self.C,
@@ -913,8 +913,13 @@ def _vector(*sizes: int) -> int:
     return next(v for v in (8, 4, 2, 1) if all(size % v == 0 for size in sizes))
 
 
+def _threads() -> int:
+    """Threads of a warp."""
+    return launch.WARP if torch.version.hip is None else launch.WAVEFRONT
+
+
 def _warps(elements: int, elements_per_thread: int) -> int:
-    return min(16, max(1, elements // (launch.WARP * elements_per_thread)))
+    return min(16, max(1, elements // (_threads() * elements_per_thread)))
 
 
 def cut(num_channels: int, num_skip_channels: int, plane: int, num_groups: int, item_bytes: int) -> Cut:
@@ -936,9 +941,9 @@ def cut(num_channels: int, num_skip_channels: int, plane: int, num_groups: int, 
         best, bundle = max((best, bundle), ((used, -abs(math.log2(rows * tile / 8192))), candidate))
     if bundle:
         return Cut(num_channels, num_skip_channels, plane, group, _power_of_2(bundle), rows, bundle)
-    sizes = [size for size in (TILE_CHANNELS, 2 * TILE_CHANNELS, 32, 16, 8, 4, 2, 1) if size < 2 * channels]
-    tile = min(sizes, key=lambda size: -(-channels // size) * size)
-    rows = min(rows, max(1, 4 * launch.WARP * LOOP_ELEMENTS // tile))
+    sizes = [size for size in (TILE_CHANNELS, 2 * TILE_CHANNELS, TILE_CHANNELS // 2) if size < 2 * channels]
+    tile = min(sizes or [_power_of_2(channels)], key=lambda size: -(-channels // size) * size)
+    rows = min(rows, max(1, 4 * _threads() * LOOP_ELEMENTS // tile))
     num_blocks = -(-plane // rows)
     most_splits = min(64, max(1, 2 * ONE_PASS_ELEMENTS // _power_of_2(group)))
     blocks = max(-(-num_blocks // most_splits), min(num_blocks, max(1, SPLIT_ELEMENTS // (rows * tile))))

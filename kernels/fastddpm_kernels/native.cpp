@@ -52,8 +52,8 @@ struct Args {
   void *y, *total, *dx, *dskip;
   const float *add, *weight, *bias, *scale, *shift;  // add [N, C1], scale and shift [N, C]
   const int64_t* ordinals;
-  float *mean, *rstd;                       // [N, G], written by the forward, read by the backward
-  float *sum_dz, *sum_dz_xhat, *dadd;       // [N, C], [N, C], [N, C1]
+  float *mean, *rstd;                  // [N, G], written by the forward, read by the backward
+  float *sum_dz, *sum_dz_xhat, *dadd;  // [N, C], [N, C], [N, C1]
   void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 };
 }
@@ -72,9 +72,6 @@ V read(const void* p) {
 struct Pair {
   f32 half[2];
 };
-
-constexpr int position(const float*, int channel) { return channel; }
-constexpr int position(const bf16*, int channel) { return channel % 2 * LANES + channel / 2; }
 
 inline Pair load(const float* p) { return {{read<f32>(p), read<f32>(p + LANES)}}; }
 
@@ -114,12 +111,14 @@ void store(T* p, const Pair& v, int n) {
 // exp(-z) = 2^n 2^f: 2^f by a polynomial (relative error 9e-8), 2^n by adding n to the exponent. At the bounds f = 0,
 // and the bits are those of 0 and of infinity. A NaN counts as a bound: the caller's product with z brings it back.
 inline f32 sigmoid(f32 z) {
-  const f32 top = f32{} + 128.0f, bottom = f32{} - 127.0f, magic = f32{} + 12582912.0f;  // 1.5 * 2^23: rounds to integers
+  const f32 top = f32{} + 128.0f, bottom = f32{} - 127.0f;
+  const f32 magic = f32{} + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer, which its lowest bits hold
   f32 t = z * -1.44269504f;
   t = t < top ? t : top;
   t = t > bottom ? t : bottom;
   f32 shifted = t + magic, f = t - (shifted - magic);
-  f32 p = ((((f * 0.00132647273f + 0.00967151299f) * f + 0.0555073358f) * f + 0.240222424f) * f + 0.693147004f) * f + 1.0f;
+  f32 p = ((f * 0.00132647273f + 0.00967151299f) * f + 0.0555073358f) * f + 0.240222424f;
+  p = (p * f + 0.693147004f) * f + 1.0f;
   f32 power = (f32)((u32)p + ((u32)shifted << 23));
   return 1.0f / (1.0f + power);
 }
@@ -176,7 +175,9 @@ struct Task {
   const Args& args;
   int64_t sample, first, width, num_channels, group_size, num_parts = 0;
   Part parts[2];
-  std::vector<double> sum_0, sum_1;  // per channel; forward: mean and sum of squares about it, backward: of dz, dz (x - mean)
+  // Per channel. Forward: the mean and the sum of squares about it; backward: the sums of dz and of dz (x - center).
+  std::vector<double> sum_0, sum_1;
+  // z = (x - center) slope + offset; forward: k_0 = add, backward: dx = slope dz - k_1 (x - center) - k_0.
   std::vector<float> center, slope, offset, k_0, k_1;
   std::vector<uint8_t> mask;
   int64_t mask_stride = 0;
@@ -189,17 +190,15 @@ struct Task {
     int64_t base = 0, middle = args.channels_x, end = first + width;
     auto part = [&](int64_t from, int64_t to, int64_t start, int64_t channels) {
       if (from >= to) return;
-      parts[num_parts++] = {from, to - from, base, sample * args.num_pixels * channels + from - start, channels, start > 0};
+      int64_t offset = sample * args.num_pixels * channels + from - start;
+      parts[num_parts++] = {from, to - from, base, offset, channels, start > 0};
       base += (to - from + UNIT - 1) / UNIT * UNIT;
     };
     part(first, end < middle ? end : middle, 0, args.channels_x);
     part(first > middle ? first : middle, end, middle, args.channels_skip);
     for (auto* sums : {&sum_0, &sum_1}) sums->assign(base, 0.0);
     for (auto* constants : {&center, &slope, &offset, &k_0, &k_1}) constants->assign(base, 0.0f);
-    for (int k = 0; k < UNIT; k++) {
-      int at = args.is_bf16 ? position((bf16*)nullptr, k) : position((float*)nullptr, k);
-      lane_bits[at / LANES][at % LANES] = 1u << k;
-    }
+    for (int k = 0; k < UNIT; k++) lane_bits[place(k) / LANES][place(k) % LANES] = 1u << k;
     if (args.threshold) draw_mask();
   }
 
@@ -232,13 +231,20 @@ struct Task {
     return read<uint64_t>(&mask[pixel * mask_stride + bit / 8]) >> bit % 8;
   }
 
+  // Where the per-channel arrays have channel k of a unit, see `Pair`.
+  int place(int k) const { return args.is_bf16 ? k % 2 * LANES + k / 2 : k; }
+
   template <class F>
   void per_channel(F f) {  // f(absolute channel, index of its per-channel arrays)
     for (int64_t i = 0; i < num_parts; i++)
-      for (int64_t c = 0; c < parts[i].width; c++) {
-        int k = c % UNIT, at = args.is_bf16 ? position((bf16*)nullptr, k) : position((float*)nullptr, k);
-        f(parts[i].first + c, parts[i].base + c - k + at);
-      }
+      for (int64_t c = 0; c < parts[i].width; c++)
+        f(parts[i].first + c, parts[i].base + c / UNIT * UNIT + place(c % UNIT));
+  }
+
+  // What is still to be added to x: a total has it already.
+  double added(int64_t channel) const {
+    bool to_add = args.add && !args.residual && channel < args.channels_x;
+    return to_add ? args.add[sample * args.channels_x + channel] : 0.0;
   }
 
   template <class F>
@@ -289,17 +295,20 @@ void per_block(const Task& task, F f) {
 template <int N>
 struct Constants {
   Pair unit[Block<N>::UNITS];
-  Constants(const std::vector<float>& values, const Block<N>& block) { std::memcpy(unit, &values[block.base()], sizeof unit); }
+  Constants(const std::vector<float>& values, const Block<N>& block) {
+    std::memcpy(unit, &values[block.base()], sizeof unit);
+  }
 };
 
-// sums[channel] += block sums, in double.
+inline double lane(const Pair* units, int k) { return units[k / UNIT].half[k % UNIT / LANES][k % LANES]; }
+
 template <int N>
-void accumulate(std::vector<double>& sums, const Block<N>& block, const Pair* values) {
-  for (int k = 0; k < Block<N>::UNITS * UNIT; k++) sums[block.base() + k] += values[k / UNIT].half[k % UNIT / LANES][k % LANES];
+void accumulate(std::vector<double>& sums, const Block<N>& block, const Pair* units) {
+  for (int k = 0; k < Block<N>::UNITS * UNIT; k++) sums[block.base() + k] += lane(units, k);
 }
 
-// Sums of up to ROWS pixels about a pivot, the block's first pixel: as one of the values it lies within sqrt(ROWS)
-// deviations of their mean, which bounds what cancels in sum d^2 - (sum d)^2 / n. Blocks are joined as Chan et al. do.
+// Sums of up to ROWS pixels about a pivot, the mean of every 8th: (pivot - mean)^2 <= 8 variances, whatever the values,
+// so that few bits cancel in sum d^2 - (sum d)^2 / n. Blocks are joined as Chan et al. do.
 template <class T, int N>
 void moments(Task& task, const Block<N>& block, int64_t row, int rows) {
   constexpr int V = Block<N>::UNITS;
@@ -319,8 +328,12 @@ void moments(Task& task, const Block<N>& block, int64_t row, int rows) {
     block.put(total + i, v);
     return block.get(total + i);
   };
-  Pair pivot[V], sum[V] = {}, squares[V] = {};
-  for (int j = 0; j < V; j++) pivot[j] = value(0, j);
+  Pair pivot[V] = {}, sum[V] = {}, squares[V] = {};
+  for (int r = 0; r < rows; r += 8)
+    for (int j = 0; j < V; j++) {
+      Pair v = value(r, j);
+      for (int h = 0; h < 2; h++) pivot[j].half[h] += v.half[h] * (1.0f / ((rows + 7) / 8));
+    }
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) {
@@ -333,25 +346,23 @@ void moments(Task& task, const Block<N>& block, int64_t row, int rows) {
     }
   double before = row, after = row + rows, n = rows;
   for (int k = 0; k < V * UNIT; k++) {
-    auto lane = [&](const Pair* p) -> double { return p[k / UNIT].half[k % UNIT / LANES][k % LANES]; };
     double &mean = task.sum_0[block.base() + k], &m2 = task.sum_1[block.base() + k];
-    double s = lane(sum), delta = lane(pivot) + s / n - mean;
+    double s = lane(sum, k), delta = lane(pivot, k) + s / n - mean;
     mean += delta * (n / after);
-    m2 += lane(squares) - s * s / n + delta * delta * (before * n / after);
+    m2 += lane(squares, k) - s * s / n + delta * delta * (before * n / after);
   }
 }
 
-// center, slope and offset of every channel: z = (x - center) slope + offset.
 void film(Task& task, int64_t channel, int64_t i, double mean, double rstd) {
   const Args& args = task.args;
   int64_t at = task.sample * task.num_channels + channel;
   double gain = args.scale ? 1.0 + args.scale[at] : 1.0;
-  double center = mean;
-  if (args.add && !args.residual && channel < args.channels_x) center -= args.add[task.sample * args.channels_x + channel];
+  double center = mean - task.added(channel);
   task.center[i] = center;
   task.slope[i] = rstd * args.weight[channel] * gain;
-  // What rounding the center leaves out is put back here.
-  task.offset[i] = args.bias[channel] * gain + (args.shift ? args.shift[at] : 0.0) + (task.center[i] - center) * task.slope[i];
+  // What rounding the center leaves out.
+  double lost = (task.center[i] - center) * task.slope[i];
+  task.offset[i] = args.bias[channel] * gain + (args.shift ? args.shift[at] : 0.0) + lost;
 }
 
 template <class T, int N>
@@ -359,10 +370,11 @@ void apply(Task& task, const Block<N>& block, int64_t row, int rows) {
   const Args& args = task.args;
   const Part& part = block.part;
   const int64_t C = task.num_channels;
-  const T* x = (const T*)(part.is_skip ? args.skip : args.residual ? args.total : args.x) + part.offset + row * part.stride + block.c;
+  const void* source = part.is_skip ? args.skip : args.residual ? args.total : args.x;
+  const T* x = (const T*)source + part.offset + row * part.stride + block.c;
   T* y = (T*)args.y + (task.sample * args.num_pixels + row) * C + block.channel();
   const Constants<N> center(task.center, block), slope(task.slope, block), offset(task.offset, block);
-  const u32 *lane_bits = task.lane_bits;
+  const u32* lane_bits = task.lane_bits;
   const bool silu = args.silu, dropout = args.threshold;
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -388,7 +400,7 @@ inline void per_gradient(const Task& task, const Block<N>& block, int64_t row, i
   const T* x = (const T*)(part.is_skip ? args.skip : args.x) + part.offset + row * part.stride + block.c;
   const T* dy = (const T*)args.dy + (task.sample * args.num_pixels + row) * C + block.channel();
   const Constants<N> center(task.center, block), slope(task.slope, block), offset(task.offset, block);
-  const u32 *lane_bits = task.lane_bits;
+  const u32* lane_bits = task.lane_bits;
   const bool silu = args.silu, dropout = args.threshold;
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -456,10 +468,7 @@ void forward(Task& task) {
   per_block(task, [&](const auto& block, int64_t row, int rows) { moments<T>(task, block, row, rows); });
   task.per_group([&](int64_t group, const int64_t* index, int64_t channel) {
     double mean = 0.0, m2 = 0.0;
-    auto mean_of = [&](int64_t k) {
-      bool added = args.add && !args.residual && channel + k < args.channels_x;
-      return task.sum_0[index[k]] + (added ? args.add[task.sample * args.channels_x + channel + k] : 0.0);
-    };
+    auto mean_of = [&](int64_t k) { return task.sum_0[index[k]] + task.added(channel + k); };
     for (int64_t k = 0; k < task.group_size; k++) mean += mean_of(k) / task.group_size;
     for (int64_t k = 0; k < task.group_size; k++)
       m2 += task.sum_1[index[k]] + args.num_pixels * (mean_of(k) - mean) * (mean_of(k) - mean);
@@ -527,7 +536,8 @@ void parallel(const Args& args, void (*function)(Task&)) {
   while (unit % LANES && unit < channels) unit += group_size;
   int64_t wanted = (4 * args.num_threads + args.num_samples - 1) / args.num_samples;  // bundles per sample
   int64_t width = (channels + wanted - 1) / wanted;
-  width = args.num_samples >= 4 * args.num_threads || args.num_threads == 1 ? channels : width < MIN_BUNDLE ? MIN_BUNDLE : width;
+  if (width < MIN_BUNDLE) width = MIN_BUNDLE;
+  if (args.num_threads == 1 || wanted <= 1) width = channels;
   width = (width + unit - 1) / unit * unit;
   Region region{args, function, width, (channels + width - 1) / width};
   if (args.num_threads > 1 && args.gomp_parallel)

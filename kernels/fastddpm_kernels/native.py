@@ -25,18 +25,19 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-ma
 TIMEOUT_SECONDS = 300
 DTYPES = (torch.bfloat16, torch.float32)
 
-_INTS = "num_samples num_pixels channels_x channels_skip num_groups num_threads is_bf16 silu threshold tag seed".split()
-_IMAGES = "x residual skip dy dtotal y total dx dskip".split()
-_VECTORS = "add weight bias scale shift ordinals mean rstd sum_dz sum_dz_xhat dadd gomp_parallel".split()
+_SIZES = ("num_samples", "num_pixels", "channels_x", "channels_skip", "num_groups", "num_threads")
+_OPTIONS = ("is_bf16", "silu", "threshold", "tag", "seed")
+_IMAGES = ("x", "residual", "skip", "dy", "dtotal", "y", "total", "dx", "dskip")
+_VECTORS = ("add", "weight", "bias", "scale", "shift", "ordinals", "mean", "rstd", "sum_dz", "sum_dz_xhat", "dadd")
 
 
 class _Args(ctypes.Structure):
     """`Args` of native.cpp; every field is 8 bytes wide."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _INTS),
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_OPTIONS)),
         ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in (*_IMAGES, *_VECTORS)),
+        *((name, ctypes.c_void_p) for name in (*_IMAGES, *_VECTORS, "gomp_parallel")),
     )
 
 
@@ -73,8 +74,8 @@ def forward(
     args, num_channels = _arguments(
         x, skip, weight, bias, scale, shift, num_groups, silu, threshold, tag, seed, ordinals
     )
-    n, _, height, width = x.shape
-    y = _images(x, num_channels)
+    n = x.shape[0]
+    y = torch.empty((n, num_channels, *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
     total = None if residual is None else torch.empty_like(x)
     mean, rstd = (torch.empty(n, num_groups) for _ in range(2))
     args.eps = eps
@@ -158,11 +159,6 @@ def _arguments(
     args.ordinals = _vector("ordinals", ordinals, (n,), torch.int64) if threshold else None
     args.gomp_parallel = _gomp_parallel()
     return args, num_channels
-
-
-def _images(x: Tensor, num_channels: int) -> Tensor:
-    n, _, height, width = x.shape
-    return torch.empty((n, num_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
 
 
 def _image(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
