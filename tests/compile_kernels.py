@@ -90,6 +90,32 @@ CONFIGURATIONS = (
     Configuration("dropout mask, nchw", "dropout", "p=0.1", channels_last=False, shape=(2, 128, 32, 32)),
 )
 
+# The norms of Ho's CIFAR-10 net and of an ADM net at 64x64: (what, variant, shape, whether AMD's targets are compiled).
+# With a skip the shape is the first source's, and the norm has half as many channels more.
+NORMS = (
+    ("128@32x32", "", (2, 128, 32, 32), False),
+    ("128@32x32, temb, dropout", "temb-dropout", (2, 128, 32, 32), False),
+    ("128@32x32, bias, residual", "add-residual", (2, 128, 32, 32), False),
+    ("256@16x16, temb, dropout", "temb-dropout", (2, 256, 16, 16), False),
+    ("256@16x16, no SiLU", "norm", (2, 256, 16, 16), False),
+    ("512@16x16", "", (2, 512, 16, 16), False),
+    ("256+128@32x32", "skip", (2, 256, 32, 32), False),
+    ("256@4x4, temb, dropout", "temb-dropout", (2, 256, 4, 4), False),
+    ("192@64x64", "", (2, 192, 64, 64), False),
+    ("192@64x64, bias, residual", "add-residual", (2, 192, 64, 64), False),
+    ("192@64x64, FiLM, dropout", "film-dropout", (2, 192, 64, 64), True),
+    ("384@32x32, FiLM, dropout", "film-dropout", (2, 384, 32, 32), False),
+    ("576@16x16, FiLM, dropout", "film-dropout", (2, 576, 16, 16), False),
+    ("512+256@8x8, bias, residual", "add-residual-skip", (2, 512, 8, 8), False),
+    ("512@16x16, FiLM, dropout", "film-dropout", (2, 512, 16, 16), True),
+    ("18@7x9, FiLM, dropout", "film-dropout", (2, 18, 7, 9), False),
+)
+CONFIGURATIONS += tuple(
+    Configuration(f"norm {what}, {direction}", op, variant, shape=shape, portable=portable)
+    for what, variant, shape, portable in NORMS
+    for direction, op in (("forward", "group_norm_silu"), ("backward", "group_norm_silu_backward"))
+)
+
 
 @dataclass
 class Launch:
@@ -142,8 +168,11 @@ def compile_launch(recorded: Launch, target: GPUTarget) -> Any:
 def elements_per_thread(recorded: Launch) -> float:
     """Elements that a thread of a whole tile handles."""
     a = recorded.arguments
-    if recorded.kernel.fn.__name__ == "_sum_tiles_kernel":
+    if recorded.kernel.fn.__name__ in ("_sum_tiles_kernel", "_merge_statistics_kernel", "_merge_sums_kernel"):
         return 1.0
+    if "VECTOR" in a:  # what is in use of a padded tile
+        rows = min(a["PLANE"], a["ROWS"] * a.get("BLOCKS", 1))
+        return a.get("BUNDLE", a["CHANNELS"]) * rows / (32 * recorded.options["num_warps"])
     if "GROUPS" in a:
         group = 4 if a["PIXELS"] == 1 else a["PIXELS"] * a["C"]
         return group * a["GROUPS"] * a["UNROLL"] * a["BLOCKS"] / 32
@@ -226,6 +255,7 @@ def measure(recorded: Launch, compiled: Any) -> dict[str, Any]:
         "shuffles": sum(t.startswith("SHFL") for t in texts),
         "narrow_multiplies": sum(t.startswith("IMAD.HI") for t in texts),
         "flushed_multiply_adds": sum(t.startswith("FFMA.FTZ") for t in texts),
+        "loads": sorted({t.split()[0] for t in texts if t.startswith("LDG")}),
         "stores": sorted({t.split()[0] for t in texts if t.startswith("STG")}),
         "special": sum(t.startswith("MUFU") for t in texts),
     }

@@ -1,4 +1,4 @@
-"""The quickstart's samples are digits: benchmarks/digits.py trains three seeds, none dropped, and a judge looks."""
+"""The quickstart's samples are digits: benchmarks.digits trains three seeds, none dropped, and a judge looks."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_samples_of_three_training_seeds_are_plainly_digits_of_every_class(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "digits.py"), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.digits", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

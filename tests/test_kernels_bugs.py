@@ -18,7 +18,10 @@ from fastddpm_kernels import OPS, Case
 pytestmark = pytest.mark.skipif(not fk.HAS_TRITON, reason="needs triton")
 SOURCES = Path(fk.__file__).parent
 # Modules that hold kernels, in the order of their imports: a mutant is made of a fresh copy of all of them.
-MODULES = ("tiles", "draws", "noising", "loss_kernel", "loss", "reverse", "dropout")
+MODULES = (
+    *("tiles", "draws", "noising", "loss_kernel", "loss", "reverse", "dropout"),
+    *("group_norm_kernels", "group_norm"),
+)
 ODD, EVEN = (3, 3, 5, 7), (3, 3, 4, 8)
 
 
@@ -118,6 +121,89 @@ BUGS = (
         (3, 8, 16, 16),
     ),
 )
+NORM, NORM_BACKWARD = "group_norm_silu", "group_norm_silu_backward"
+NORM_SHAPE, SPLIT = (3, 16, 5, 7), (2, 18, 50, 51)  # on chip, and in several splits and blocks
+
+
+def norm_bug(
+    name: str, old: str, new: str, op: str = NORM, variant: str = "", shape: tuple[int, int, int, int] = NORM_SHAPE
+) -> Bug:
+    return Bug(name, "group_norm_kernels", old, new, op, variant, shape)
+
+
+BUGS += (
+    norm_bug("unbiased variance", "* share - rest * rest", "* (1.0 / (GROUP * PLANE - 1)) - rest * rest"),
+    norm_bug("eps outside the root", "tl.sqrt(variance + EPS)", "(tl.sqrt(variance) + EPS)"),
+    norm_bug("masked lanes counted", "d = tl.where(mask, d, 0.0)", "d = d"),
+    norm_bug("mean of another group", "c // GROUP\n    tl.store", "c // GROUP // 2 * 2\n    tl.store", NORM, "", SPLIT),
+    norm_bug("groups of two", "* FOLD // GROUP", "* FOLD // (2 * GROUP)", NORM, "film-dropout", (3, 12, 5, 7)),
+    norm_bug("no SiLU", "y *= _sigmoid(y, FAST)", "y *= 1.0"),
+    norm_bug("SiLU on attention's norm", "if SILU:", "if True:", NORM, "norm"),
+    norm_bug("scale for 1 + scale", "film = 1.0 + tl.load(scale_ptr", "film = tl.load(scale_ptr", NORM, "film-dropout"),
+    norm_bug("shift forgotten", "offset = offset * film + ", "offset = offset * film + 0.0 * ", NORM, "film-dropout"),
+    norm_bug("first sample's embedding", "add_ptr + n * add_stride", "add_ptr", NORM, "temb-dropout"),
+    norm_bug("another sample's mask", "tl.load(ordinals_ptr + n)", "tl.load(ordinals_ptr)", NORM, "temb-dropout"),
+    norm_bug("mask's halves swapped", "words << 16, words)", "words, words << 16)", NORM, "temb-dropout"),
+    norm_bug("kept values not scaled", "y * (65536.0 / (65536 - threshold).to(tl.float32))", "y", NORM, "temb-dropout"),
+    norm_bug(
+        "residual not in the norm",
+        "x = total.to(tl.float32)",
+        "x = _read(x_ptr, skip_ptr, rows, c, first, mask, C1, C2, SOURCES, VECTOR)",
+        NORM,
+        "add-residual",
+    ),
+    norm_bug(
+        "add given to the skip",
+        "tl.load(add_ptr + c, mask=c < C1, other=0)",
+        "tl.load(add_ptr + c, mask=c < C1, other=1)",
+        NORM,
+        "add-residual-skip",
+        (3, 12, 5, 7),
+    ),
+    norm_bug(
+        "skip from its first channels",
+        "(c - C1)[None, :], VECTOR), mask=mask_2",
+        "(c - c)[None, :], VECTOR), mask=mask_2",
+        NORM,
+        "skip",
+    ),
+    norm_bug("splits weighted alike", "apart * num_rows", "apart * (PLANE / SPLITS)", NORM, "", SPLIT),
+    norm_bug(
+        "spread of the splits forgotten", "squares += apart * apart * num_rows", "squares += 0.0", NORM, "", SPLIT
+    ),
+    norm_bug("Welford without the new mean", "delta * (x - mean), 0.0)", "delta * delta, 0.0)", NORM, "", SPLIT),
+    norm_bug(
+        "last block not written", "for block in range(BLOCKS):", "for block in range(BLOCKS - 1):", NORM, "", SPLIT
+    ),
+    norm_bug("term of the mean forgotten", "k_1[None, :])", "0.0 * k_1[None, :])", NORM_BACKWARD),
+    norm_bug("term of the variance forgotten", "d * k_2[None, :]", "d * 0.0", NORM_BACKWARD, "", SPLIT),
+    norm_bug(
+        "derivative of sigmoid for SiLU",
+        "sigmoid * (u * (1.0 - sigmoid) + 1.0)",
+        "sigmoid * (1.0 - sigmoid)",
+        NORM_BACKWARD,
+    ),
+    norm_bug("mask not drawn again", "if DROP:\n        du", "if False:\n        du", NORM_BACKWARD, "temb-dropout"),
+    norm_bug("gradient of total lost", "if DTOTAL:", "if False:", NORM_BACKWARD, "add-residual"),
+    norm_bug(
+        "gradient of total into the skip",
+        "return mask if SOURCES",
+        "return mask if True or SOURCES",
+        NORM_BACKWARD,
+        "add-residual-skip",
+        (3, 6, 5, 7),
+    ),
+    norm_bug(
+        "FiLM missing from the weight's gradient",
+        "dun_sum * film, mask",
+        "dun_sum, mask",
+        NORM_BACKWARD,
+        "film-dropout",
+    ),
+    norm_bug("scale's gradient without bias", "+ du_sum * bias", "+ 0.0 * bias", NORM_BACKWARD, "film-dropout"),
+    norm_bug("rstd missing from the weight's gradient", "dun_sum = dud_sum * rstd", "dun_sum = dud_sum", NORM_BACKWARD),
+    norm_bug("masked pixels in add's gradient", "tl.where(mask, dx, 0.0)", "dx", NORM_BACKWARD, "temb-dropout"),
+)
 
 
 def mutant(bug: Bug | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -154,7 +240,7 @@ def check(ops: dict[str, Any], bug: Bug) -> None:
 @pytest.mark.usefixtures("poisoned_empty")
 def test_without_a_bug_all_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = mutant(None, tmp_path, monkeypatch)
-    for bug in BUGS:
+    for bug in {(bug.op, bug.variant, bug.shape, bug.channels_last, bug.dtype): bug for bug in BUGS}.values():
         check(ops, bug)
 
 

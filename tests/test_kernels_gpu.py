@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DEVICE, FAST_SHARE, FAST_USUAL, FAST_WORST, outputs
+from kernel_checks import DEVICE, FAST_SHARE, FAST_USUAL, FAST_WORST, check_close, check_op, in_float64, outputs
 
 import fastddpm_kernels as fk
 from fastddpm_kernels import OPS, Case, Stream
@@ -240,3 +240,84 @@ def test_launches_where_the_tensors_are() -> None:
     assert torch.equal(
         fk.draw_normal(ordinals.to("cuda:1"), **kwargs).cpu(), fk.draw_normal(ordinals.to("cuda:0"), **kwargs).cpu()
     )
+
+
+# The norms of Ho's CIFAR-10 net and of an ADM net at 64x64: variant and the first source's shape.
+NORMS = [
+    ("temb-dropout", (4, 128, 32, 32)),
+    ("add-residual", (4, 256, 16, 16)),
+    ("add-residual-skip", (4, 256, 32, 32)),
+    ("skip", (4, 512, 16, 16)),
+    ("temb-dropout", (4, 256, 4, 4)),
+    ("film-dropout", (2, 192, 64, 64)),
+    ("film-dropout", (2, 576, 16, 16)),
+    ("add-residual-skip", (2, 512, 8, 8)),
+    ("norm", (2, 1152, 8, 8)),
+    ("film-dropout", (2, 18, 7, 9)),
+    ("", (1, 32, 256, 256)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("variant", "shape"), NORMS, ids=str)
+def test_norms_at_the_nets_shapes(variant: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """By the rule of all kernels, and mean 100 with deviation 0.1 in fp32."""
+    for name in ("group_norm_silu", "group_norm_silu_backward"):
+        check_op(OPS[name], Case(shape, dtype, True, "cuda", variant))
+    if dtype == torch.float32:
+        kwargs = OPS["group_norm_silu"].example(Case(shape, dtype, True, "cuda", variant.replace("dropout", "")))
+        kwargs["x"] = kwargs["x"] * 0.1 + 100.0
+        fused = outputs(fk.group_norm_silu(**kwargs, impl="triton"))
+        base = outputs(fk.group_norm_silu_reference(**kwargs))
+        truth = outputs(fk.group_norm_silu_reference(**in_float64(kwargs)))
+        for f, b, t in zip(fused, base, truth, strict=True):
+            check_close("mean 100", f, b, t)
+
+
+@pytest.mark.gpu
+def test_norms_forward_and_backward_in_a_cuda_graph() -> None:
+    """Nothing synchronises, and a replay draws the new samples' mask in both directions."""
+    for variant, shape in (("temb-dropout", (4, 128, 32, 32)), ("film-residual-dropout", (4, 192, 64, 64))):
+        kwargs = OPS["group_norm_silu"].example(Case(shape, torch.bfloat16, True, "cuda", variant))
+        names = [n for n in ("x", "weight", "bias", "add", "residual", "scale", "shift") if n in kwargs]
+        for name in names:
+            kwargs[name] = kwargs[name].detach().clone().requires_grad_()
+        upstream = [torch.randn_like(r) for r in outputs(fk.group_norm_silu(**kwargs))]
+
+        def run(
+            kwargs: dict[str, Any] = kwargs, names: list[str] = names, upstream: list[torch.Tensor] = upstream
+        ) -> tuple[torch.Tensor, ...]:
+            results = outputs(fk.group_norm_silu(**kwargs))
+            return (*results, *torch.autograd.grad(results, [kwargs[name] for name in names], upstream))
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        kwargs["ordinals"] += 4
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, captured, run()))
+
+
+@pytest.mark.gpu
+def test_norm_of_more_than_2_to_31_elements() -> None:
+    """The last sample of a tensor beyond 32-bit offsets equals itself alone, in both ways of the kernels."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    for num_channels, size in ((128, 32), (192, 64)):
+        num_samples = 2**31 // (num_channels * size * size) + 2
+        x = torch.empty(num_samples, num_channels, size, size, device="cuda", dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last).normal_()
+        rows = torch.ones(num_channels, device="cuda")
+        alone = x[-1:].clone(memory_format=torch.channels_last)
+        made = [
+            torch.autograd.grad(fk.group_norm_silu(each.requires_grad_(), rows, rows, 32, 1e-5), each, each.detach())
+            for each in (x, alone)
+        ]
+        assert torch.equal(made[0][0][-1:], made[1][0])

@@ -588,7 +588,13 @@ def _run_native_backward(
     dfilm = none
     if scale is not None:
         dfilm = torch.stack((weight * sum_dz_xhat + bias * sum_dz, sum_dz), dim=1)
-    return dx, x.new_empty(0) if dskip is None else dskip, daffine, dfilm, dadd if with_dadd else mean.new_empty(0, x.shape[1])
+    return (
+        dx,
+        x.new_empty(0) if dskip is None else dskip,
+        daffine,
+        dfilm,
+        dadd if with_dadd else mean.new_empty(0, x.shape[1]),
+    )
 
 
 @torch.library.custom_op("fastddpm_kernels::group_norm_silu", mutates_args=())
@@ -617,9 +623,7 @@ def _group_norm_silu_op(
             *tensors, num_groups=num_groups, eps=eps, silu=silu, threshold=threshold, tag=tag, seed=seed
         )
     run = _run_native if impl == "native" else launch_group_norm_silu
-    results = run(
-        *tensors, num_groups=num_groups, eps=eps, silu=silu, threshold=threshold, tag=tag, seed=seed
-    )
+    results = run(*tensors, num_groups=num_groups, eps=eps, silu=silu, threshold=threshold, tag=tag, seed=seed)
     return *results, torch.empty(0, dtype=torch.bool, device=x.device)
 
 
@@ -686,9 +690,7 @@ def _group_norm_silu_backward_op(
             with_dadd=with_dadd,
         )  # fmt: skip
     run = _run_native_backward if impl == "native" else launch_group_norm_silu_backward
-    return run(
-        *tensors, num_groups=num_groups, silu=silu, threshold=threshold, tag=tag, seed=seed, with_dadd=with_dadd
-    )
+    return run(*tensors, num_groups=num_groups, silu=silu, threshold=threshold, tag=tag, seed=seed, with_dadd=with_dadd)
 
 
 @_group_norm_silu_backward_op.register_fake
