@@ -1,7 +1,7 @@
 """Are the samples of the digits preset digits? Trains it from several seeds and lets a classifier judge.
 
-    python benchmarks/digits.py                      # three training seeds, about 2 minutes each on 2 cores
-    python benchmarks/digits.py --seeds 0 --steps 500
+    python -m benchmarks.digits                      # three training seeds, about 2 minutes each on 2 cores
+    python -m benchmarks.digits --seeds 0 --steps 500
 
 The judge is a logistic regression on kernel features of scikit-learn's real digits, three in ten held out. A sample is
 plainly a digit if the judge gives some class at least 0.8. The same figure is printed for held-out real digits, for
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import append, environment, results_path
 from sklearn.datasets import load_digits
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
+
+from .record import append, environment, results_path
 
 PLAIN = 0.8
 NUM = 200

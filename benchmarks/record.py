@@ -1,4 +1,8 @@
-"""The common part of every benchmark record: what it ran on, how it was timed, where the line goes."""
+"""The common part of every benchmark: what it ran on, how it is timed, the fields of a record, where the line goes.
+
+Records of one `workload` and `case` on one device are rivals of each other; `ours` says whose an implementation is. A
+record with correct = False carries no time and is never plotted.
+"""
 
 from __future__ import annotations
 
@@ -52,23 +56,37 @@ def environment(device: str) -> dict[str, Any]:
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(device),
+        "device_type": device,
         "clocks": ", ".join(c for c in clocks if c) or None,
         "driver": driver,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "accelerate": _version("accelerate"),
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """This process's command line, without the place of the clone."""
+    program = Path(sys.argv[0])
+    is_ours = program.resolve().parent == ROOT / "benchmarks"
+    return " ".join(["python", *(["-m", f"benchmarks.{program.stem}"] if is_ours else [program.name]), *sys.argv[1:]])
 
 
 def results_path(facts: Mapping[str, Any]) -> Path:
     """benchmarks/results/<device>/<date>-<commit>.jsonl for the facts of `environment`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / slug / f"{facts['utc'][:10]}-{(facts['commit'] or 'none')[:8]}.jsonl"
+    name = f"{facts['utc'][:10]}-{(facts['commit'] or 'none')[:8]}.jsonl"
+    return ROOT / "benchmarks" / "results" / slug(facts["device"]) / name
+
+
+def slug(device: str) -> str:
+    """A folder's name for a device."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -128,8 +146,45 @@ def _sample(function: Callable[[int], Any], calls: int, device: str) -> float:
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float, float]:
-    p20, p50, p80 = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    wanted = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.quantile(torch.tensor(values, dtype=torch.float64), wanted)
     return float(p20), float(p50), float(p80)
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], *, device: str, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of whole calls, candidates in turn: every round calls each once, beginning with another one.
+
+    The device is waited for before and after each call. At most `rounds` rounds; after `seconds` no further one begins,
+    but the first min(5, rounds) are always taken. Warm up (and compile) before.
+    """
+    names = list(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for i in range(rounds):
+        if i >= 5 and time.perf_counter() - start > seconds:
+            break
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize(device)
+            begin = time.perf_counter()
+            candidates[name]()
+            synchronize(device)
+            samples[name].append((time.perf_counter() - begin) * 1e3)
+    return samples
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def quantiles(ms: Sequence[float]) -> dict[str, float | int]:
+    """p20_ms, p50_ms, p80_ms and repetitions of a list of milliseconds."""
+    p20, p50, p80 = _percentiles(ms)
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "repetitions": len(ms)}
 
 
 def copy_rate(device: str) -> float:
@@ -138,3 +193,94 @@ def copy_rate(device: str) -> float:
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
     timing = timings({"copy": lambda _: target.copy_(source)}, device, repetitions=10, sample_ms=1.0)["copy"]
     return 2 * size / timing.p50_ms / 1e6
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a square matrix product in the dtype: 8192 on a GPU, 1024 on a CPU, as torch is set up to do it."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = timings({"matmul": lambda _: a @ b}, device, repetitions=10, sample_ms=50.0)["matmul"]
+    return 2 * size**3 / timing.p50_ms / 1e9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device reached in the same process: the yardsticks of a record's shares."""
+
+    copy_gb_per_s: float
+    matmul_tflops: float | None = None
+    """Of the record's dtype; None where no share of it is reported."""
+
+
+def make_record(
+    workload: str,
+    case: str,
+    impl: str,
+    *,
+    ours: bool,
+    correct: bool,
+    facts: Mapping[str, Any],
+    rates: Rates,
+    timing: Mapping[str, float | int | None] | None,
+    direction: str,
+    dtype: str,
+    shape: Sequence[int],
+    memory_format: str,
+    ideal_bytes: int | None = None,
+    images: int | None = None,
+    gflop_per_image: float | None = None,
+    peak_memory_bytes: int | None = None,
+    error: float | None = None,
+    torch_error: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One line with every field; those that do not apply are None, and all rates are None unless correct and timed.
+
+    Args:
+        workload: the benchmark, e.g. "train_step". case: what is compared, the same words for ours and its rivals.
+        impl: eager, torch.compile, triton, diffusers, lucidrains, ... with its variant.
+        facts: of `environment`. timing: of `quantiles`, per call. dtype: e.g. "bfloat16".
+        ideal_bytes: least traffic of a call. images: finished by a call. gflop_per_image: of all their arithmetic.
+        error, torch_error: worst error of this and of plain PyTorch against the truth. more: the workload's own fields.
+    """
+    timed = dict(timing) if correct and timing else {"p20_ms": None, "p50_ms": None, "p80_ms": None, "repetitions": 0}
+    p50 = timed["p50_ms"]
+    gb_per_s = ideal_bytes / p50 / 1e6 if p50 and ideal_bytes else None
+    tflops = gflop_per_image * images / p50 if p50 and images and gflop_per_image else None
+    return {
+        "workload": workload,
+        "case": case,
+        "impl": impl,
+        "ours": ours,
+        "correct": correct,
+        "direction": direction,
+        "dtype": dtype,
+        "shape": list(shape),
+        "memory_format": memory_format,
+        **timed,
+        "peak_memory_bytes": peak_memory_bytes,
+        "ideal_bytes": ideal_bytes,
+        "gb_per_s": gb_per_s,
+        "copy_gb_per_s": rates.copy_gb_per_s,
+        "copy_share": gb_per_s / rates.copy_gb_per_s if gb_per_s else None,
+        "images_per_s": images / p50 * 1e3 if p50 and images else None,
+        "gflop_per_image": gflop_per_image,
+        "matmul_tflops": rates.matmul_tflops,
+        "matmul_share": tflops / rates.matmul_tflops if tflops and rates.matmul_tflops else None,
+        "error": error,
+        "torch_error": torch_error,
+        **more,
+        **facts,
+    }
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All lines of the .jsonl files below a folder, by file name. Raises ValueError naming a line that is not JSON."""
+    records = []
+    for path in sorted(folder.rglob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error}): was a run killed while it wrote?") from error
+    return records

@@ -14,7 +14,8 @@ TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is also ROCm's name
 def resolve_impl(impl: str | None, device: torch.device, cpu_impls: tuple[str, ...] = ()) -> str:
     """The implementation to run: `impl` itself, or the device's own when it is None. Never falls back.
 
-    cpu_impls: names that the op knows besides, the first of which is the default off the GPU. Raises ValueError for an unknown name and RuntimeError when "triton" was asked for and cannot run there.
+    cpu_impls: names that the op knows besides, the first of which is the default off the GPU. Raises ValueError for an
+    unknown name and RuntimeError when "triton" was asked for and cannot run there.
     """
     if impl is None:
         impl = "triton" if device.type in TRITON_DEVICES else (*cpu_impls, "reference")[0]

@@ -51,6 +51,6 @@ def _centred(x: Tensor, num_groups: int) -> Tensor:
     """
     if x.dtype != torch.float32:
         return x
-    n, c = x.shape[:2]
-    first = x.detach()[:, :: c // num_groups, 0, 0]
-    return x - first.repeat_interleave(c // num_groups, dim=1)[:, :, None, None]
+    size = x.shape[1] // num_groups
+    first = x.detach()[:, ::size, 0, 0]
+    return x - first.repeat_interleave(size, dim=1)[:, :, None, None]
