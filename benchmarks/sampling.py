@@ -31,6 +31,7 @@ from fastddpm.compiling import compile_unet
 from fastddpm.diffusion import ProcessConfig, to_diffusers_scheduler
 from fastddpm.errors import ConfigError
 from fastddpm.flops import flops_per_image
+from fastddpm.machine import keep_memory
 from fastddpm.samplers import Sampler, coefficient_rows
 from fastddpm.unet import UNetConfig
 
@@ -382,6 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     options.precision = options.precision or (["bf16"] if on_gpu else ["fp32", "bf16"])
+    if not on_gpu:
+        keep_memory()  # as fastddpm sample does, here for everyone
     options.rounds = options.rounds or (20 if on_gpu else 10)
     options.steps_timed = options.steps_timed or (50 if on_gpu else 3)
     options.batches = options.batches or ([1, 64, 512] if on_gpu else [1, 16])

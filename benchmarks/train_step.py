@@ -40,6 +40,7 @@ from fastddpm.config import EMAConfig, OptimConfig
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
 from fastddpm.errors import ConfigError
 from fastddpm.flops import flops_per_image
+from fastddpm.machine import keep_memory
 from fastddpm.step import TrainStep
 
 from .record import (
@@ -471,6 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A baseline without torch.compile would flatter us: such lines go nowhere but where --out says.
     keeps = not options.no_record and (options.out is not None or not options.no_compile)
     torch.set_flush_denormal(True)  # as our trainer does, here for everyone
+    if not on_gpu:
+        keep_memory()  # likewise
     # Past its limit torch.compile goes on uncompiled without a word.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .diffusion import STREAM_VERSION
 from .errors import CheckpointError
 from .files import sha256, sync, write_json
+from .optim import as_line
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -45,33 +46,35 @@ class State:
     """fp16's loss scale; empty otherwise."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Moments of an optimiser whose one group holds the parameters called `names`, in that order."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], weights: list[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Moments in the shapes of the weights, whose memory is what the optimiser's one group holds, line by line."""
     tensors = {}
-    for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value.detach()
+    for name, weight, line in zip(names, weights, optimizer.param_groups[0]["params"], strict=True):
+        for key, value in optimizer.state.get(line, {}).items():
+            value = value.detach()
+            tensors[f"{name}/{key}"] = value if key == "step" else value.as_strided(weight.shape, weight.stride())
     return tensors
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Put saved moments back, each with its parameter's strides.
-
-    torch's fused Adam on a CPU walks memory linearly: a moment with other strides than its parameter's is silently
-    mixed up, so a plain load_state_dict of contiguous tensors would corrupt channels_last weights.
-    """
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], weights: list[nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Put saved moments, of whatever memory order, back in their weights' order."""
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         by_parameter.setdefault(name, {})[kind] = value
-    for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+    group = optimizer.param_groups[0]
+    for name, weight, line in zip(names, weights, group["params"], strict=True):
         for kind, value in by_parameter.get(name, {}).items():
-            if value.shape == parameter.shape and kind != "step":
-                moment = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
-            else:  # the step count: on the host, except where the fused optimiser wants it beside the parameter
-                fused = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
-                moment = value.clone().to(parameter.device if fused else "cpu")
-            optimizer.state[parameter][kind] = moment
+            if kind == "step":  # on the host, except where the fused optimiser wants it beside the parameter
+                beside = group.get("fused") or group.get("capturable")
+                moment = value.clone().to(line.device if beside else "cpu")
+            else:
+                moment = as_line(torch.empty_like(weight).copy_(value).detach())
+            optimizer.state[line][kind] = moment
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

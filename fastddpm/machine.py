@@ -1,6 +1,7 @@
 """What a run finds on its machine: devices and processes, the precision that pays, memory, versions."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from .errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 # How much faster products have to be in bf16 for its rounding: without matrix units the casts eat the gain.
 WORTH_BF16 = 1.5
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU)
@@ -33,6 +35,8 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # or accelerate refuses a second precision in one process
     accelerator = Accelerator(mixed_precision=mixed, **kwargs)
+    if accelerator.device.type == "cpu":
+        keep_memory()
     if precision == "fp16" and accelerator.device.type in ("cpu", "mps"):
         raise ConfigError(f"precision fp16 needs a GPU; on {accelerator.device.type} use bf16 or fp32")
     if accelerator.distributed_type not in SUPPORTED:
@@ -59,6 +63,18 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory instead of giving it back and asking again at every step.
+
+    Activations of some megabytes come and go hundreds of times a step, and each page that is new costs a fault (Ho's
+    net in bf16, batch 16: 815 -> 785 ms). Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and platform.libc_ver()[0] == "glibc":
+        for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
+            mallopt(parameter, value)
 
 
 def settle_precision(precision: str) -> tuple[str, str | None]:

@@ -45,6 +45,13 @@ def ema_decay(config: EMAConfig, step: int) -> float:
     return min(config.decay, (1 + n) / (10 + n)) if config.warmup else config.decay
 
 
+def as_line(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """The memory of a dense tensor as one dimension; brought into the memory order of `like` first if it differs."""
+    if like is not None and x.stride() != like.stride():
+        x = torch.empty_like(like).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
+
+
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     """What clipping multiplies the gradient by: min(1, clip_norm / norm), the epsilon being torch's."""
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import EMAConfig, OptimConfig
 from .diffusion import TrainingProcess
 from .errors import ConfigError
-from .optim import clip_factor, ema_decay, learning_rate, make_optimizer, update_ema
+from .optim import as_line, clip_factor, ema_decay, learning_rate, make_optimizer, update_ema
 from .unet import UNet
 
 EAGER_STEPS = 3  # before a graph is captured: libraries choose their algorithms and allocate in them
@@ -62,7 +62,10 @@ class TrainStep:
             processes = accelerator.num_processes if accelerator is not None else 1
             _check_graph(self.device, processes, self.scaler is not None)
         self.model: nn.Module = unet
-        self.optimizer = make_optimizer(optim, self.weights, capturable=graph)
+        # The optimiser sees each weight's memory as a line: torch's fused Adam on a CPU copies gradients that are in
+        # channels_last order, and mixes up tensors of one parameter that differ in their order.
+        self.lines = [nn.Parameter(as_line(w.detach())) for w in self.weights]
+        self.optimizer = make_optimizer(optim, self.lines, capturable=graph)
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if accelerator is not None:
             self.model, self.optimizer = accelerator.prepare(unet, self.optimizer)
@@ -111,9 +114,11 @@ class TrainStep:
     def _update(self, lr: float | Tensor, ema_weight: float | Tensor, number: int | Tensor) -> Tensor:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's own, inside accelerate's
         optimizer.param_groups[0]["lr"] = lr
+        for line, weight in zip(self.lines, self.weights, strict=True):
+            line.grad, weight.grad = None if weight.grad is None else as_line(weight.grad, like=weight), None
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        grads = [w.grad for w in self.weights if w.grad is not None]
+        grads = [line.grad for line in self.lines if line.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if self.optim.clip_norm is not None:
             if self.scaler is None and optimizer.defaults["fused"]:

@@ -162,7 +162,7 @@ class Trainer:
             )
         load_into(self.unet, state.model, str(path / "model.safetensors"))
         load_into(self.ema_unet, state.ema, str(path / "ema.safetensors"))
-        load_optimizer(self.optimizer, self.names, state.optimizer)
+        load_optimizer(self.optimizer, self.names, self.weights, state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.step = state.step
@@ -328,7 +328,7 @@ class Trainer:
                 samples_seen=self.step * self.config.batch_size,
                 model=self.unet.state_dict(),
                 ema=self.ema_unet.state_dict(),
-                optimizer=optimizer_tensors(self.optimizer, self.names),
+                optimizer=optimizer_tensors(self.optimizer, self.names, self.weights),
                 scaler=scaler.state_dict() if scaler is not None else {},
             )
             self.checkpoints.save(state)
