@@ -250,7 +250,7 @@ class Candidate:
 
     def optimizer_steps(self) -> int:
         """Steps that the optimiser has counted itself."""
-        return int(self.optimizer.state[self.parameters[0]]["step"])
+        return int(self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]["step"])
 
     def ema_weight(self) -> float:
         """Take a step and measure the share of the new weights in it: 1 - decay if the step averages, 0 if not."""

@@ -62,17 +62,20 @@ class TrainStep:
             processes = accelerator.num_processes if accelerator is not None else 1
             _check_graph(self.device, processes, self.scaler is not None)
         self.model: nn.Module = unet
-        # The optimiser sees each weight's memory as a line: torch's fused Adam on a CPU copies gradients that are in
-        # channels_last order, and mixes up tensors of one parameter that differ in their order.
-        self.lines = [nn.Parameter(as_line(w.detach())) for w in self.weights]
-        self.optimizer = make_optimizer(optim, self.lines, capturable=graph)
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if accelerator is not None:
-            self.model, self.optimizer = accelerator.prepare(unet, self.optimizer)
+            self.model = accelerator.prepare(unet)
             # The net casts its own inputs and weights: off with the wrapper that runs it under autocast, where norms
             # are fp32, and turns its prediction into fp32.
             accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.no_sync = lambda: accelerator.no_sync(self.model)
+        # The optimiser sees each weight's memory as a line: torch's fused Adam on a CPU copies gradients that are in
+        # channels_last order, and mixes up tensors of one parameter that differ in their order. Taken now, because
+        # preparing the model for several processes gives its weights other memory.
+        self.lines = [nn.Parameter(as_line(w.detach())) for w in self.weights]
+        self.optimizer = make_optimizer(optim, self.lines, capturable=graph)
+        if accelerator is not None:
+            self.optimizer = accelerator.prepare(self.optimizer)
         self.share = None if share is None else torch.full((), share, device=self.device)
         # The first step whose gradient was not finite, kept on the device so that no step waits for it; -1 is none.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
