@@ -8,7 +8,7 @@ read the two parts.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from typing import cast as typed
@@ -40,6 +40,12 @@ class Shared:
         self.frozen: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] | None = None
         self.recompute = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+        copied = Shared()  # casts are kept by the identity of parameters, which a copy has others of
+        copied.dtype, copied.impl, copied.recompute = self.dtype, self.impl, self.recompute
+        copied.seed, copied.ordinals = self.seed, self.ordinals
+        return copied
+
     @contextmanager
     def address(self, seed: int, ordinals: Tensor | None) -> Iterator[None]:
         """Dropout masks are those of (seed, ordinals) inside."""
@@ -54,15 +60,20 @@ class Shared:
         """layer(*args); with `recompute` its activations are made again in the backward pass, masks included."""
         if not (self.recompute and torch.is_grad_enabled()):
             return layer(*args)
-        contexts = partial(_recomputation, self, self.seed, self.ordinals)
+        again = _Recomputation(self)
         return checkpoint(
-            layer, *args, use_reentrant=False, preserve_rng_state=self.ordinals is None, context_fn=contexts
+            layer,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=self.ordinals is None,  # masks are then of torch's own generator
+            context_fn=lambda: (nullcontext(), again),
         )
 
     def cast(self, dtype: torch.dtype, *parameters: Tensor | None) -> Tensor:
         """The parameters (of layers that have them) in the dtype, along one first axis; made once while frozen."""
         given = typed(tuple[Tensor, ...], parameters)
-        if self.frozen is None:
+        # Compiled code would guard on every parameter's id, and be compiled again when the casts are there.
+        if torch.compiler.is_compiling() or self.frozen is None:
             return _cast(dtype, given)
         key = dtype, tuple(id(p) for p in given)
         if key not in self.frozen:
@@ -77,11 +88,18 @@ class Shared:
         return x.device.type == "cuda"
 
 
-def _recomputation(
-    shared: Shared, seed: int, ordinals: Tensor | None
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a layer's first pass and of its recomputation, which finds the addresses of the first."""
-    return nullcontext(), shared.address(seed, ordinals)
+class _Recomputation:
+    """The context of recomputing a layer, which finds the addresses of its first pass; may be entered repeatedly."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared, self.address = shared, (shared.seed, shared.ordinals)
+
+    def __enter__(self) -> None:
+        self.before = self.shared.seed, self.shared.ordinals
+        self.shared.seed, self.shared.ordinals = self.address
+
+    def __exit__(self, *_: object) -> None:
+        self.shared.seed, self.shared.ordinals = self.before
 
 
 def _cast(dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> Tensor:

@@ -36,6 +36,10 @@ def compile_blocks(unet: UNet, backend: str = "inductor") -> int:
     Those of the same shapes share a compilation, unless they drop activations: their masks differ by the layer's
     number, which is compiled in.
     """
+    if backend == "inductor" and unet.device.type == "cuda" and not fastddpm_kernels.HAS_TRITON:
+        raise ConfigError(
+            "--compile: torch.compile needs the triton package on a GPU: install it, or leave out --compile"
+        )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock | Attention)]
     for module in blocks:

@@ -133,6 +133,8 @@ class Config:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.graph and self.accumulation > 1:
+            raise ConfigError(f"graph is set and accumulation is {self.accumulation}: a graph holds one micro-batch")
         if self.sample_every < 0:
             raise ConfigError(f"sample_every is {self.sample_every}: give 0 for no grids, or a number of steps")
         if not 0 <= self.seed < 2**63:

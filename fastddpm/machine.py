@@ -6,14 +6,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from .errors import ConfigError
 
@@ -77,20 +77,22 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
-def settle_precision(precision: str) -> tuple[str, str | None]:
+def settle_precision(precision: str, stored: Callable[[], str | None] = lambda: None) -> tuple[str, str | None]:
     """fp32, bf16 or fp16, the same on all processes, and a line that says why if it was to be found out ("auto").
 
-    bf16 on CUDA devices that have it; on a CPU where products in it are measured to be faster, in less than a second.
+    What `stored` gives, else bf16 on CUDA devices that have it and on a CPU where products in it are measured to be
+    faster, in less than a second. Rank 0 decides for all.
     """
     if precision != "auto":
         return precision, None
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which Accelerator reads, and this does not
     found: list[Any] = [None]
     if state.is_main_process:
-        found = [_measured_precision(state.device)]
+        kept = stored()
+        found = [_measured_precision(state.device) if kept is None else (kept, None)]
     if state.num_processes > 1:
         broadcast_object_list(found)
-    chosen: tuple[str, str] = found[0]
+    chosen: tuple[str, str | None] = found[0]
     return chosen
 
 

@@ -90,7 +90,6 @@ def load_pipeline(source: str, device: torch.device | str = "cpu") -> Pipeline:
         schedule = process.noise_schedule()
     else:
         process, schedule = _read_scheduler(root, source)
-    # Gradients stay on: autocast keeps the cast of a weight for the next step only where they are.
     return Pipeline(unet.eval().to(device), process, schedule)
 
 

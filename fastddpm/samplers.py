@@ -16,6 +16,7 @@ from fastddpm_kernels import Stream, draw_normal, reverse_step
 
 from .diffusion import PREDICTIONS, SPACINGS, VARIANCES, NoiseSchedule, check_seed
 from .errors import ConfigError, NumericsError
+from .graphs import capture
 from .schedules import Array, check_choice, check_timesteps
 
 # Columns of a coefficient row, as fastddpm_kernels.reverse_step reads them; H is for multistep solvers.
@@ -150,8 +151,6 @@ class _State(NamedTuple):
     class_labels: Tensor | None
     row: Tensor
     """int64 [1]: number of the step, counted on by the step itself."""
-    kept: object
-    """Whatever must outlive a captured graph: the network's cast weights."""
 
 
 _StepFunction = Callable[[_State], tuple[Tensor, Tensor | None]]
@@ -169,21 +168,22 @@ class _StepGraph:
             class_labels=None if state.class_labels is None else state.class_labels.clone(),
             row=state.row.clone(),
         )
-        stream = torch.cuda.Stream(state.x.device)
-        stream.wait_stream(torch.cuda.current_stream())
+        self.step = step  # holds what the captured kernels read: the tables of the sampler, the weights' casts
+        self.device = state.x.device
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose their algorithms and allocate in the first calls
                 step(self.state)
                 self.state.row.zero_()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.captured = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.captured, stream=stream):
-                x, self.x_0_hat = step(self.state)
-                self.state.x.copy_(x)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"the network could not be captured in a CUDA graph: {reason}; sample without") from error
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+
+        def run() -> Tensor | None:
+            x, x_0_hat = step(self.state)
+            self.state.x.copy_(x)
+            return x_0_hat
+
+        self.captured, self.x_0_hat = capture(run, stream, "sample without --graph")
 
     def start(self, state: _State) -> _StepFunction:
         """Take over a batch at its first step; the function returned replays a step."""
@@ -195,17 +195,17 @@ class _StepGraph:
         return self._replay
 
     def _replay(self, _: _State) -> tuple[Tensor, Tensor | None]:
-        self.captured.replay()
-        # Copies, because the next step overwrites its tensors; of the pictures, they are small beside the network.
-        return self.state.x.clone(), None if self.x_0_hat is None else self.x_0_hat.clone()
+        with torch.cuda.device(self.device):
+            self.captured.replay()
+        return self.state.x, self.x_0_hat
 
 
 @contextmanager
-def _frozen(unet: object) -> Iterator[object]:
-    """Casts of the weights are kept inside, if the network is one of ours."""
+def _frozen(unet: object, kept: dict[Any, Tensor]) -> Iterator[None]:
+    """Casts of the weights are taken from and put into `kept` inside, if the network is one of ours."""
     frozen = getattr(unet, "frozen", None)
-    with frozen() if frozen is not None else nullcontext() as kept:
-        yield kept
+    with frozen(kept) if frozen is not None else nullcontext():
+        yield
 
 
 class Sampler:
@@ -294,7 +294,9 @@ class Sampler:
             ConfigError: if an image number is out of range, or shapes do not fit.
         """
         x = x_T
-        for i, t, _, x, _ in self._run(images, shape, device, x_T, class_labels, return_x_0=False):
+        for i, t, _, x, _ in self._run(
+            images, shape, device, x_T, class_labels, return_x_0=False, watched=callback is not None
+        ):
             if callback is not None:
                 callback(i, t, x)
         assert x is not None  # there is at least one step
@@ -314,7 +316,7 @@ class Sampler:
         x_t is the state that the network sees in step i (x_T in the first), x_0_hat the clipped estimate it leads to;
         that of the last step is the image that sample returns. Arguments and errors as for sample.
         """
-        for i, t, x_t, _, x_0_hat in self._run(images, shape, device, x_T, class_labels, return_x_0=True):
+        for i, t, x_t, _, x_0_hat in self._run(images, shape, device, x_T, class_labels, return_x_0=True, watched=True):
             assert x_0_hat is not None
             yield Step(i, t, x_t, x_0_hat)
 
@@ -328,36 +330,42 @@ class Sampler:
         class_labels: Tensor | None,
         *,
         return_x_0: bool,
+        watched: bool,
     ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
-        """Yield i, t, the state before, the state after, and x_0_hat if asked for."""
+        """Yield i, t, the state before, the state after, and x_0_hat if asked for; watched: states may be kept."""
         images, x = self._start(images, shape, device, x_T)
         if class_labels is not None:
             if class_labels.shape != images.shape:
                 raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
             class_labels = class_labels.to(device)
-        with _frozen(self.unet) as kept:
-            # All that a step reads is on the device before the first: a host value would make every step wait.
-            state = _State(x, images, class_labels, torch.zeros(1, dtype=torch.int64, device=device), kept)
-            coefficients = torch.tensor(self.rows, dtype=torch.float32).to(device)
-            timesteps = torch.tensor(self.timesteps).to(device)
+        # All that a step reads is on the device before the first: a host value would make every step wait.
+        state = _State(x, images, class_labels, torch.zeros(1, dtype=torch.int64, device=device))
+        coefficients = torch.tensor(self.rows, dtype=torch.float32).to(device)
+        timesteps = torch.tensor(self.timesteps).to(device)
+        kept: dict[Any, Tensor] = {}
 
-            def step(state: _State) -> tuple[Tensor, Tensor | None]:
-                """The state after the step of state.row, and x_0_hat if asked for; the row counts on."""
-                t = timesteps[state.row].expand(len(state.images))
-                labels = {} if state.class_labels is None else {"class_labels": state.class_labels}
+        def step(state: _State) -> tuple[Tensor, Tensor | None]:
+            """The state after the step of state.row, and x_0_hat if asked for; the row counts on."""
+            t = timesteps[state.row].expand(len(state.images))
+            labels = {} if state.class_labels is None else {"class_labels": state.class_labels}
+            with _frozen(self.unet, kept):  # not around a yield: the net may be used otherwise in between
                 prediction = _prediction(self.unet(state.x.to(self.dtype), t, **labels), state.x)
-                arguments = (state.x, prediction, coefficients, state.row[0], state.images)
-                result = reverse_step(*arguments, seed=self.seed, return_x_0=return_x_0, impl=self.impl)
-                x, x_0_hat = result if isinstance(result, tuple) else (result, None)
-                state.row.add_(1)
-                return x, x_0_hat
+            arguments = (state.x, prediction, coefficients, state.row[0], state.images)
+            result = reverse_step(*arguments, seed=self.seed, return_x_0=return_x_0, impl=self.impl)
+            x, x_0_hat = result if isinstance(result, tuple) else (result, None)
+            state.row.add_(1)
+            return x, x_0_hat
 
-            advance = self._graphed(step, state, return_x_0) if self.graph else step
-            for i, t in enumerate(self.timesteps.tolist()):
-                before = state.x
-                after, x_0_hat = advance(state)
-                state = state._replace(x=after)
-                yield i, t, before, after, x_0_hat
+        # A graph's tensors are overwritten by its next step: copied for whoever may keep them.
+        copies = self.graph and (return_x_0 or watched)
+        advance = self._graphed(step, state, return_x_0) if self.graph else step
+        for i, t in enumerate(self.timesteps.tolist()):
+            before = state.x
+            after, x_0_hat = advance(state)
+            if copies or (self.graph and i == len(self.timesteps) - 1):
+                after, x_0_hat = after.clone(), None if x_0_hat is None else x_0_hat.clone()
+            state = state._replace(x=after)
+            yield i, t, before, after, x_0_hat
 
     def _graphed(self, step: _StepFunction, state: _State, return_x_0: bool) -> _StepFunction:
         """`step` from a CUDA graph, captured anew where the shapes are others than the last batch's."""

@@ -40,7 +40,7 @@ def run_sample(command: "SampleCommand") -> int:
         print(f"precision {precision}: {why}", file=sys.stderr)
     pipeline = load_pipeline(command.source, acc.device)
     process, model = pipeline.process, pipeline.unet.config
-    pipeline.unet.compute_dtype = DTYPES[precision]
+    pipeline.unet.cast_weights(DTYPES[precision])
     if command.compile:
         compile_unet(pipeline.unet)
     sampler = Sampler(

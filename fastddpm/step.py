@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import EMAConfig, OptimConfig
 from .diffusion import TrainingProcess
 from .errors import ConfigError
+from .graphs import capture
 from .optim import as_line, clip_factor, ema_decay, learning_rate, make_optimizer, update_ema
 from .unet import UNet
 
@@ -177,27 +178,17 @@ class _Graph:
         self.ordinals.copy_(ordinals)
         if self.captured is None and self.eager_steps < EAGER_STEPS:
             self.eager_steps += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(step.device))
             with torch.cuda.stream(self.stream):
                 results = self._run()
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream(step.device).wait_stream(self.stream)
             return results
-        if self.captured is None:
-            self._capture()
-        assert self.captured is not None
-        self.captured.replay()
+        with torch.cuda.device(step.device):
+            if self.captured is None:
+                self.captured, self.results = capture(self._run, self.stream, "leave out --graph")
+            self.captured.replay()
         return self.results
 
     def _run(self) -> tuple[Tensor, Tensor]:
         losses = self.step.accumulate(self.images, self.ordinals)
         return losses, self.step._update(self.lr, self.ema_weight, self.number)
-
-    def _capture(self) -> None:
-        captured = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(captured, stream=self.stream):
-                self.results = self._run()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"the step could not be captured in a CUDA graph: {reason}; leave out --graph") from error
-        self.captured = captured

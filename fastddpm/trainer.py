@@ -66,7 +66,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         config.check()
-        precision, why = settle_precision(_stored_precision(config) or config.precision)
+        precision, why = settle_precision(config.precision, lambda: _stored_precision(config))
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         self.accelerator = make_accelerator(
             config.precision,
@@ -280,8 +280,8 @@ class Trainer:
             return None
         # Only here does the host wait for the device, once.
         loss = acc.reduce(torch.stack(sums).sum() * self._share, reduction="mean")
-        numbers = torch.stack((loss.double(), norm.double(), step.first_bad_step.double())).tolist()
-        self._check_numerics(numbers[0], numbers[2])
+        numbers = torch.stack((loss, norm, step.first_bad_step.float())).tolist()
+        self._check_numerics(numbers[0], first_bad_step=numbers[2])
         return {
             "step": self.step + 1,
             "samples_seen": (self.step + 1) * config.batch_size,
@@ -290,9 +290,7 @@ class Trainer:
             "lr": learning_rate(config.optim, self.step, self._horizon),
         }
 
-    def _check_numerics(
-        self, loss: float | None = None, norm: float = 0.0, first_bad_step: float | None = None
-    ) -> None:
+    def _check_numerics(self, loss: float | None = None, first_bad_step: float | None = None) -> None:
         bad = int(self.train_step.first_bad_step.item() if first_bad_step is None else first_bad_step)
         if bad >= 0:
             raise NumericsError(

@@ -294,10 +294,7 @@ class UNet(nn.Module):
             dropout.layer = layer
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (
-                1,
-                1,
-            ):  # matrices, as their gradients are
+            if isinstance(module, nn.Conv2d) and module.weight.shape[2:] == (1, 1):  # matrices, as their gradients are
                 module.weight.data = module.weight.data.flatten(1)[:, :, None, None]
         if device.type != "meta":
             self.to_empty(device=device)
@@ -423,6 +420,16 @@ class UNet(nn.Module):
             raise ValueError(f"compute_dtype is {dtype}: give a floating point type, or None for the parameters' own")
         self.shared.dtype = dtype
 
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Convolutions and linear layers in the dtype for good, and computation in it: for sampling.
+
+        Norms stay as they are. The results are those of compute_dtype over the weights as they were.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(dtype)
+        self.compute_dtype = dtype
+
     @contextmanager
     def noise_address(self, seed: int, ordinals: Tensor) -> Iterator[None]:
         """Inside, dropout masks are those of (seed, dropout layer, ordinal), wherever a sample lies in which batch.
@@ -436,15 +443,15 @@ class UNet(nn.Module):
             yield
 
     @contextmanager
-    def frozen(self) -> Iterator[object]:
+    def frozen(self, kept: dict[Any, Tensor] | None = None) -> Iterator[None]:
         """Inside, weights are taken not to change and get no gradients: cast and concatenated once, for sampling.
 
-        Gives what keeps the casts, for whoever captures their addresses in a graph.
+        kept: holds the casts from one such block to the next, and for whoever captures their addresses in a graph.
         """
-        before, self.shared.frozen = self.shared.frozen, {}
+        before, self.shared.frozen = self.shared.frozen, {} if kept is None else kept
         try:
             with torch.no_grad():
-                yield self.shared.frozen
+                yield
         finally:
             self.shared.frozen = before
 

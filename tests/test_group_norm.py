@@ -587,3 +587,41 @@ def test_layouts_that_are_both_are_taken() -> None:
         expected = formula(x.double(), weight.double(), weight.double(), 1, 1e-5)[0]
         torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
         assert grad.shape == x.shape
+
+
+# torch's own operators, the default off the GPU
+
+
+@pytest.mark.parametrize("given", ["nothing", "add", "residual", "skip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_aten_at_mean_100_and_deviation_one_tenth(dtype: torch.dtype, given: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def image(mean: float) -> Tensor:
+        x = mean + 0.1 * torch.randn(2, 16, 8, 8, generator=generator)
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    weight, bias = torch.rand(32 if given == "skip" else 16, generator=generator), torch.zeros(1)
+    kwargs: dict[str, Any] = {"skip": image(100)} if given == "skip" else {}
+    if given in ("add", "residual"):
+        kwargs = {"add": torch.full((2, 16), 90.0)} if given == "add" else {"residual": image(90)}
+    arguments = (image(10 if kwargs and given != "skip" else 100), weight, bias.expand(len(weight)), 8, 1e-5)
+    results = [fk.group_norm_silu(*arguments, impl=impl, **kwargs) for impl in ("aten", "reference")]
+    got, truth = (r[0] if isinstance(r, tuple) else r for r in results)
+    # 16-bit sums of 10 and 90 are on a grid that hides the spread: only what both saw can be compared.
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    torch.testing.assert_close(got.float(), truth.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_aten_for_parameters_alone_nan_no_pixels_and_hardly_any_dropout() -> None:
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    fk.group_norm_silu(x, weight, bias, 4, 1e-5, impl="aten").sum().backward()
+    assert weight.grad is not None and bias.grad is not None and bool(weight.grad.any())
+    empty = torch.empty(2, 8, 0, 4, memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert fk.group_norm_silu(x, weight, bias, 4, 1e-5, p=1e-6, impl="aten").isfinite().all()
+        assert fk.group_norm_silu(empty, weight, bias, 4, 1e-5, impl="aten").shape == (2, 8, 0, 4)
+        x[1, 3, 2, 2] = float("nan")
+        y = fk.group_norm_silu(x, weight, bias, 4, 1e-5, impl="aten")
+    assert y[1, 2:4].isnan().all() and y[0].isfinite().all()

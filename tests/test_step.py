@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddpm_kernels
 from fastddpm.compiling import compile_blocks, compile_unet
-from fastddpm.config import EMAConfig, OptimConfig
+from fastddpm.config import EMAConfig, OptimConfig, preset
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
 from fastddpm.errors import ConfigError
 from fastddpm.machine import product_rate, settle_precision
@@ -197,6 +197,15 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(addressed:
     assert less < 0.7 * plain
 
 
+def test_recomputed_layers_can_be_differentiated_twice_from_one_forward() -> None:
+    images, ordinals = batch(0)
+    net = shaken(dataclasses.replace(NET, checkpoint_activations=True))
+    with net.noise_address(SEED, ordinals):
+        loss = net(images.float() / 127.5 - 1, 7).sample.square().sum()
+    first, again = (torch.autograd.grad(loss, list(net.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_checkpoint_activations_is_not_part_of_the_model() -> None:
     config = dataclasses.replace(NET, checkpoint_activations=True)
     assert UNetConfig.from_diffusers(config.to_diffusers()) == NET
@@ -228,6 +237,9 @@ def test_frozen_weights_are_cast_once_and_give_the_same_results() -> None:
             output = net(x_t, 7).sample
     assert torch.equal(output, expected) and not output.requires_grad
     assert casts.count < 60 < len(list(net.parameters()))
+    twin = copy.deepcopy(net)
+    twin.cast_weights(torch.bfloat16)
+    assert torch.equal(twin(x_t, 7).sample, expected) and twin.dtype == torch.bfloat16
     with torch.no_grad():
         net.conv_out.weight.mul_(2)
     assert not torch.equal(net(x_t, 7).sample, expected), "a cast was kept"
@@ -235,7 +247,31 @@ def test_frozen_weights_are_cast_once_and_give_the_same_results() -> None:
         net.compute_dtype = torch.int8
 
 
+def test_interleaved_samplers_leave_the_net_as_it_was() -> None:
+    net = shaken(NET)
+    net.compute_dtype = torch.bfloat16
+    runs = [Sampler(net, SCHEDULE, num_steps=n, seed=n).steps(torch.arange(2), (3, 16, 16)) for n in (2, 3)]
+    for _ in zip(*runs, strict=False):
+        assert net.shared.frozen is None, "casts are kept while the caller's code runs"
+    for run in runs:
+        run.close()
+    net(torch.zeros(1, 3, 16, 16), 3).sample.float().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_copy_made_while_frozen_is_not() -> None:
+    net = shaken(NET)
+    with net.frozen():
+        net(torch.zeros(1, 3, 16, 16), 3)
+        assert copy.deepcopy(net).shared.frozen is None
+
+
 # Graphs, --compile, precision
+
+
+def test_a_graph_takes_one_micro_batch() -> None:
+    with pytest.raises(ConfigError, match="graph is set and accumulation is 2"):
+        preset("digits", graph=True, accumulation=2).check()
 
 
 def test_a_graph_needs_cuda_and_says_so() -> None:
@@ -269,6 +305,8 @@ def test_graphed_sampling_is_the_eager_one(options: dict[str, Any]) -> None:
     plain, graphed = (Sampler(net, SCHEDULE, seed=SEED, graph=graph, **options) for graph in (False, True))
     for first in (0, 4):  # the second batch replays the first one's graph
         images = torch.arange(first, first + 4)
+        garbage = [torch.full((size,), float("nan"), device="cuda") for size in (20, 100, 160, 800, 4096)]
+        del garbage  # what the captured kernels read must not be in memory that others get
         torch.testing.assert_close(
             graphed.sample(images, (3, 16, 16), "cuda"),
             plain.sample(images, (3, 16, 16), "cuda"),
@@ -312,6 +350,15 @@ def test_blocks_compile_one_by_one_without_graph_breaks(dropout: float) -> None:
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= count and not counters["graph_break"]
     assert dropout > 0 or graphs < count, "blocks of the same shapes were compiled twice"
+    compiled.unet.eval()
+    x_t = torch.zeros(2, 3, 16, 16)
+    with torch.no_grad():
+        compiled.unet(x_t, 1)
+    before, kept = counters["stats"]["unique_graphs"], {}
+    for _ in range(3):  # kept casts do not change what is compiled
+        with compiled.unet.frozen(kept):
+            compiled.unet(x_t, 1)
+    assert counters["stats"]["unique_graphs"] == before
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

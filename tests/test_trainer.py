@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 
 from fastddpm.checkpoint import Checkpoints, State, load_optimizer, optimizer_tensors
-from fastddpm.config import Config, preset
+from fastddpm.config import Config, preset, read_config
 from fastddpm.diffusion import TrainingProcess
 from fastddpm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from fastddpm.machine import flushed_denormals
@@ -225,6 +225,28 @@ def test_one_and_two_processes_see_the_same_samples_timesteps_and_noise(tmp_path
     one, two = losses(tmp_path / "run1"), losses(tmp_path / "run2")
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_auto_precision_is_the_same_on_all_processes_and_kept_on_resume(tmp_path):
+    """Two processes on CPUs, started as README says; rank 0 measures for both."""
+    script = tmp_path / "auto.py"
+    script.write_text(
+        "import sys, fastddpm.machine as machine\n"
+        "rates = iter((1.0, float(sys.argv.pop(1))))\n"
+        "machine.product_rate = lambda dtype: next(rates)\n"
+        "from fastddpm.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    options = ["train", "--preset", "digits", "--precision", "auto", "--data.workers", "0", "--sample-every", "0"]
+    options += ["--run", str(tmp_path / "run"), "--model.block-out-channels", "8", "16", "--model.norm-num-groups", "4"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for steps, rate in (("1", "9"), ("2", "0.1")):  # bf16 is nine times as fast, and at the second start slower
+        command = [*launcher, "--", str(script), rate, *options, "--steps", steps, "--optim.horizon", "2"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "bf16, 2 x cpu" in done.stderr
+    assert read_config(tmp_path / "run").precision == "bf16"
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):

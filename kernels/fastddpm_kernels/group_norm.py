@@ -522,6 +522,10 @@ def _drop(values: Tensor, keep: Tensor, threshold: int) -> Tensor:
     return torch.where(_pixels(keep), values, 0.0).mul_(HALVES / (HALVES - threshold))
 
 
+def _vector(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
 def _rows(x: Tensor | None, num_samples: int | None = None) -> Tensor | None:
     """[C] or [N, C] as dense fp32, for num_samples samples where it is given."""
     if x is None:
@@ -550,8 +554,8 @@ def _run_native(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `launch_group_norm_silu` computes, in the loops compiled for a CPU."""
     y, total, mean, rstd = native.forward(
-        x, residual, skip, _rows(add, x.shape[0]), weight.float(), bias.float(), _rows(scale), _rows(shift),
-        num_groups, eps, silu, threshold, tag, seed, ordinals,
+        x, residual, skip, _rows(add, x.shape[0]), _vector(weight), _vector(bias), _rows(scale), _rows(shift),
+        num_groups, eps, silu, threshold, tag, seed, None if ordinals is None else ordinals.contiguous(),
     )  # fmt: skip
     return y, x.new_empty(0) if total is None else total, mean, rstd
 
@@ -579,8 +583,8 @@ def _run_native_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `launch_group_norm_silu_backward` computes, in the loops compiled for a CPU."""
     dx, dskip, sum_dz, sum_dz_xhat, dadd = native.backward(
-        dy, dtotal, x, _rows(add, x.shape[0]), skip, weight.float(), bias.float(), _rows(scale), _rows(shift),
-        mean, rstd, num_groups, silu, threshold, tag, seed, ordinals,
+        dy, dtotal, x, _rows(add, x.shape[0]), skip, _vector(weight), _vector(bias), _rows(scale), _rows(shift),
+        mean, rstd, num_groups, silu, threshold, tag, seed, None if ordinals is None else ordinals.contiguous(),
     )  # fmt: skip
     none = mean.new_empty(0, 2, weight.shape[0])
     film = 1.0 if scale is None else 1.0 + scale.float()
