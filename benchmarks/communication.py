@@ -212,6 +212,6 @@ def draw_plan(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(ylim=(0, 105), xlabel="GPUs, 8 to a machine", ylabel="% of n times one GPU")
     axes.set_title("Predicted by the model of communication, not measured", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.4))
+    axes.legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -115,7 +115,7 @@ def everything(found: Sequence[Case]) -> list[str]:
                     name,
                     f"{number(r['p50_ms'], ',.2f')} ({number(r['p20_ms'], ',.2f')} to {number(r['p80_ms'], ',.2f')})",
                     str(r["repetitions"]),
-                    number(r["images_per_s"], ",.1f"),
+                    number(r["images_per_s"], ",.3g"),
                     number(r["gflop_per_image"], ",.2f"),
                     number(r["matmul_share"], ".1%"),
                     number(memory and memory / 2**20, ",.0f"),
@@ -265,7 +265,7 @@ def draw_rates(found: Sequence[Case], title: str, path: Path) -> None:
     for axes, case, rows in zip(grid[:, 0], panels, shown, strict=True):
         colors = ["tab:blue" if r["ours"] else "tab:gray" for r in rows]
         bars = axes.barh([r["impl"] for r in rows], [r["images_per_s"] for r in rows], color=colors)
-        axes.bar_label(bars, fmt="{:,.1f}", fontsize=7, padding=2)
+        axes.bar_label(bars, fmt="{:,.3g}", fontsize=7, padding=2)
         axes.set_title(f"{case.name}, images/s", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.margins(x=0.1)

@@ -139,7 +139,7 @@ def ours(
 ) -> Candidate:
     """Our Sampler. Raises ConfigError where it cannot be compiled."""
     unet = our_net(config, weights).to(device).eval()
-    unet.compute_dtype = dtype
+    unet.cast_weights(dtype)
     if compiled:
         compile_unet(unet)
     images, shape = torch.arange(batch), image_shape(config)
