@@ -625,3 +625,20 @@ def test_aten_for_parameters_alone_nan_no_pixels_and_hardly_any_dropout() -> Non
         x[1, 3, 2, 2] = float("nan")
         y = fk.group_norm_silu(x, weight, bias, 4, 1e-5, impl="aten")
     assert y[1, 2:4].isnan().all() and y[0].isfinite().all()
+
+
+@triton_here
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_an_offset_does_not_reach_statistics_through_lanes_outside_the_plane(with_residual: bool) -> None:
+    """A 3x3 plane fills 9 of 16 rows; x + add has mean 0 and deviation 0.1, where the other rows hold add alone."""
+    generator = torch.Generator().manual_seed(0)
+    x = (0.1 * torch.randn(2, 12, 3, 3, generator=generator) - 100.0).contiguous(memory_format=torch.channels_last)
+    kwargs: dict[str, Any] = {"add": torch.full((2, 12), 100.0)}
+    if with_residual:
+        kwargs["residual"] = torch.zeros_like(x)
+    arguments = (x.to(DEVICE), torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE), 4, 1e-6)
+    kwargs = {name: value.to(DEVICE) for name, value in kwargs.items()}
+    got, truth = (fk.group_norm_silu(*arguments, impl=impl, **kwargs) for impl in ("triton", "reference"))
+    if with_residual:
+        got, truth = got[0], truth[0]
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)

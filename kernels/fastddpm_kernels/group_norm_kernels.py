@@ -330,6 +330,8 @@ def _group_norm_kernel(
         add_ptr + n * add_stride, total_ptr + n * (PLANE * C1), rows, c, first, mask,
         C1, C2, SOURCES, VECTOR, ADD, RESIDUAL,
     )  # fmt: skip
+    if ADD and not EVEN:
+        x = tl.where(mask, x, 0.0)  # `add` reaches lanes outside the plane too
     share: tl.constexpr = 1.0 / (GROUP * PLANE)
     pivot = _over_group(_tile_sums(x, FOLD), GROUP, FOLD, BUNDLE) * share
     d = x - pivot[None, :]
