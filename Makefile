@@ -1,13 +1,14 @@
 # make quickstart   train a DDPM on handwritten digits and sample it, from nothing
 # make test         lint, types and all tests but the slow ones
 # make test-slow    the tests that take minutes
+# make chaos        kills, signals, bad disks and bad data, counted: at most 80 minutes on 2 cores
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow chaos lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -19,6 +20,9 @@ test: lint
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.chaos
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

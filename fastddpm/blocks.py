@@ -39,6 +39,8 @@ class Shared:
         self.impl: str | None = None
         self.frozen: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] | None = None
         self.recompute = False
+        self.sharded = False  # a layer's weights are there only while it runs, forward or backward (sharding.py)
+        self.casts: dict[int, _Cast] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         copied = Shared()  # casts are kept by the identity of parameters, which a copy has others of
@@ -59,7 +61,8 @@ class Shared:
     def run(self, layer: nn.Module, *args: Any) -> Any:
         """layer(*args); with `recompute` its activations are made again in the backward pass, masks included."""
         if not (self.recompute and torch.is_grad_enabled()):
-            return layer(*args)
+            with self._cast_again() if self.sharded and torch.is_grad_enabled() else nullcontext():
+                return layer(*args)
         again = _Recomputation(self)
         return checkpoint(
             layer,
@@ -69,9 +72,41 @@ class Shared:
             context_fn=lambda: (nullcontext(), again),
         )
 
+    @contextmanager
+    def _cast_again(self) -> Iterator[None]:
+        """Inside, casts are not kept for the backward pass, which makes them again from the weights gathered for it.
+
+        Or each process would hold a copy of the whole net between the passes.
+        """
+        casts: dict[int, _Cast] = {}
+        self.casts = casts
+
+        def pack(saved: Tensor) -> Any:
+            cast = casts.get(saved.untyped_storage().data_ptr())
+            return saved if cast is None else (cast.again, saved.shape, saved.stride(), saved.storage_offset())
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            again, *view = packed
+            return typed(Tensor, again().as_strided(*view))
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            self.casts = None
+            casts.clear()  # autograd holds on to pack
+
     def cast(self, dtype: torch.dtype, *parameters: Tensor | None) -> Tensor:
         """The parameters (of layers that have them) in the dtype, along one first axis; made once while frozen."""
         given = typed(tuple[Tensor, ...], parameters)
+        if self.sharded:  # nothing is kept while frozen: that would gather the whole net bit by bit
+            made = _cast_sharded(dtype, given)
+            own = {p.untyped_storage().data_ptr() for p in given}
+            if self.casts is not None and (place := made.untyped_storage().data_ptr()) not in own:
+                self.casts[place] = _Cast(made, partial(_cast_sharded, dtype, given))
+            return made
         # Compiled code would guard on every parameter's id, and be compiled again when the casts are there.
         if torch.compiler.is_compiling() or self.frozen is None:
             return _cast(dtype, given)
@@ -102,8 +137,21 @@ class _Recomputation:
         self.shared.seed, self.shared.ordinals = self.before
 
 
+class _Cast(NamedTuple):
+    """A cast in use, held so that no other tensor takes its place in memory, and what makes it again."""
+
+    made: Tensor
+    again: Callable[[], Tensor]
+
+
 def _cast(dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> Tensor:
     return (parameters[0] if len(parameters) == 1 else torch.cat(parameters)).to(dtype)
+
+
+def _cast_sharded(dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> Tensor:
+    """The same, with convolutions turned into channels_last order, which sharded parameters do not have."""
+    together = _cast(dtype, parameters)
+    return together.contiguous(memory_format=torch.channels_last) if together.ndim == 4 else together
 
 
 class Sum(NamedTuple):
@@ -296,11 +344,14 @@ class ResnetBlock(nn.Module):
         self.output_scale = output_scale
 
     def forward(self, h: Sum, projected: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Sum]:
-        """h and skip make up the in_channels; projected is what `project_embedding` gives for this block.
+        """h and skip make up the in_channels; projected is what `project_embedding` gives for this block, or in a
+        sharded net, where no other block has this one's weights, the activated embedding itself.
 
         Returns h as a tensor, and the result [N, out_channels, H', W'].
         """
         shared = self.shared
+        if shared.sharded:
+            (projected,) = project_embedding(projected, [self], shared)
         activated, total = norm_silu(h, self.norm1, shared, skip=skip)
         x, folds = total, shared.folds_bias(total)
         if self.resample is not None:
@@ -311,7 +362,10 @@ class ResnetBlock(nn.Module):
         add, film = (bias_1, projected) if self.scale_shift else (projected, None)
         activated, _ = norm_silu(inner, self.norm2, shared, add=add, scale_shift=film, dropout=self.dropout)
         branch = convolve(activated, self.conv2, shared, bias=not folds)
-        result = Sum(self._shortcut(x, skip), branch, self.conv2.bias if folds else None)
+        bias_2 = self.conv2.bias if folds else None
+        if shared.sharded and bias_2 is not None:
+            bias_2 = bias_2.clone()  # the next block adds it, when this one's weights are gone
+        result = Sum(self._shortcut(x, skip), branch, bias_2)
         return total, _scaled(result, self.output_scale)
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:

@@ -4,19 +4,26 @@ A file holds the pixels [num_images, H, W, C] and behind them one int64 pair (la
 2^32 + CRC-32 of (identity of the store, row, label, pixels); 0 says that the row has not been decoded yet.
 
 Every read of a row computes its check anew, from the bytes that it is about to hand out (0.1 ms for 128 images of
-32x32). So nothing depends on the order in which bytes reach the disk or another process, and there are no locks and no
-states to repair: any number of processes may fill the file at once (a row's bytes are the same whoever decodes it), and
-what a kill, a power cut, a truncation or a stranger has left counts as not decoded and is overwritten. A file may be
-deleted at any time; only cutting it short under a process that reads it would end that process.
+32x32). So nothing depends on the order in which bytes reach the disk or another process, and there are no states to
+repair: any number of processes may fill the file at once (a row's bytes are the same whoever decodes it), and what a
+kill, a power cut, a truncation or a stranger has left counts as not decoded and is overwritten. A file may be deleted
+at any time; only cutting it short under a process that reads it would end that process.
+
+Opening a store sets its time of change, and whoever makes a new one removes those that nobody has opened for 30 days:
+other data, another size, another version of the codecs. A shared lock on each open file keeps the stores of runs that
+last longer; it guards nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
+import time
 import weakref
 import zlib
 from pathlib import Path
@@ -29,9 +36,10 @@ from PIL import features
 
 from .files import write_json
 
-_VERSION = 1  # of this layout and of the rules of decode_image: raise it when one of them changes
+_VERSION = 2  # of this layout and of the rules of decode_image: raise it when one of them changes
 _FOLDER = "fastddpm-decoded"
 _MARK_BYTES = 16
+_UNUSED_SECONDS = 30 * 86400.0  # after which a store is removed
 
 
 class DecodedStore:
@@ -49,6 +57,10 @@ class DecodedStore:
         size = self._marks_at + shape[0] * _MARK_BYTES
         self._file, self._writable = _open(path, size)
         weakref.finalize(self, os.close, self._file)
+        with contextlib.suppress(OSError):  # a store that can only be read
+            os.utime(path)
+        with contextlib.suppress(OSError, ImportError):  # a file system without locks
+            _lock(self._file, shared=True)
         self._map = mmap.mmap(self._file, size, access=mmap.ACCESS_READ)
         self._pixels = np.frombuffer(self._map, np.uint8, pixel_bytes).reshape(shape)
         self._marks = np.frombuffer(self._map, np.int64, 2 * shape[0], self._marks_at).reshape(-1, 2)
@@ -115,9 +127,33 @@ def open_store(
         folder.mkdir(parents=True, exist_ok=True)
         if not (described := path.with_suffix(".json")).exists():
             write_json(described, identity)  # for people: nothing reads it
+        if not path.exists():
+            _remove_unused(folder)  # first, for they may hold the space that the new one needs
         return DecodedStore(path, shape, int(digest[-8:], 16)), None
     except OSError as error:
         return None, f"decoded images are not kept in {folder}, so each epoch decodes anew: {error.strerror or error}"
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes the stores that nobody has opened for 30 days and nobody has open."""
+    for path in folder.glob("*.bin"):
+        with contextlib.suppress(OSError, ImportError):
+            if not re.fullmatch(r"[0-9a-f]{32}", path.stem) or path.stat().st_mtime > time.time() - _UNUSED_SECONDS:
+                continue
+            file = os.open(path, os.O_RDWR)
+            try:
+                _lock(file, shared=False)
+                path.unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)
+            finally:
+                os.close(file)
+
+
+def _lock(file: int, shared: bool) -> None:
+    """A lock that lasts until the file is closed, by all processes that inherited it. OSError where others hold it."""
+    import fcntl  # not on Windows
+
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _open(path: Path, size: int) -> tuple[int, bool]:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -28,7 +29,9 @@ USAGE = """\
 usage: fastddpm COMMAND [options]
 
   train    train a DDPM into a run folder, or go on with the run that is there
+  replay   compute one step of a run again, exactly, and print what came out
   sample   draw images from a run folder, a diffusers model folder or a Hub id
+  plan     show which images a run will read, by process and step
 
 fastddpm COMMAND --help shows every option; fastddpm --version the version."""
 
@@ -40,8 +43,43 @@ class TrainCommand:
     """Train a DDPM, or go on with the run that is in the run folder."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    allow_change: tuple[str, ...] = ()
+    (
+        "Fields that may differ from those of the run's first start, e.g. optim.lr, or data for images that have "
+        "changed: the run goes on as another from here."
+    )
     dry_run: bool = False
     """Print config, parameter count, GFLOP per image and a memory estimate, and exit."""
+
+
+@dataclass(frozen=True)
+class ReplayCommand:
+    """Compute one step of a run again from the last checkpoint before it; prints one JSON line, writes nothing.
+
+    Launch it as the run was: on the same number of processes the loss is the logged one, bit by bit.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder."""
+    step: int
+    """The step, counted from 1 as in log.jsonl and numerics.jsonl."""
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Show which images a run will read, by process, step and micro-batch; starts no process and decodes nothing."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    ranks: int = 1
+    """Processes to plan for, any number that the batch divides by."""
+    first_step: int = 0
+    """First step shown, counted from 0."""
+    num_steps: int = 2
+    """Steps shown; 0 shows the summary alone."""
+    check: bool = False
+    """Check over an epoch that ranks share out the positions and that each row comes once."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +182,7 @@ def train(args: list[str]) -> int:
     if not args:
         raise ConfigError(f"train needs a preset: --preset {', '.join(PRESETS)}; train --help shows every option")
     base = preset(_preset_of(args))
-    valid = [name.replace("_", "-") for name in flatten(dataclasses.asdict(base))] + ["dry-run"]
+    valid = [name.replace("_", "-") for name in flatten(dataclasses.asdict(base))] + ["allow-change", "dry-run"]
     command = parse(TrainCommand, args, "fastddpm train", TrainCommand(base), valid)
     if command.dry_run:
         from .dryrun import describe
@@ -155,7 +193,7 @@ def train(args: list[str]) -> int:
         return 0
     from .trainer import Trainer
 
-    trainer = Trainer(command.config)
+    trainer = Trainer(command.config, allow_change=command.allow_change)
     if trainer.step >= command.config.steps:
         trainer.say(f"nothing left to do: {trainer.step} steps are done; --steps with a larger number goes on")
     outcome = trainer.train()
@@ -171,6 +209,28 @@ def train(args: list[str]) -> int:
     return 0
 
 
+def replay(args: list[str]) -> int:
+    """`fastddpm replay`."""
+    command = parse(ReplayCommand, args, "fastddpm replay", None, ["step"])
+    from .config import read_config
+    from .files import expand
+    from .runlog import RunLog, to_json
+    from .trainer import Trainer
+
+    run = expand(command.run)
+    config = read_config(run)
+    if config is None:
+        raise ConfigError(f"{run} is not a run folder: it has no config.json")
+    trainer = Trainer(dataclasses.replace(config, run=str(run)), replay=command.step)
+    record = json.loads(to_json(trainer.replay()))
+    logged = next((line for line in RunLog(run).records() if line["step"] == command.step), None)
+    if logged is not None:
+        record |= {"logged_loss": logged["loss"], "same": all(logged[k] == record[k] for k in ("loss", "grad_norm"))}
+    if trainer.accelerator.is_main_process:
+        print(json.dumps(record))
+    return 0
+
+
 def sample(args: list[str]) -> int:
     """`fastddpm sample`."""
     valid = [f.name.replace("_", "-") for f in dataclasses.fields(SampleCommand) if f.name != "source"]
@@ -180,7 +240,18 @@ def sample(args: list[str]) -> int:
     return run_sample(command)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+def plan(args: list[str]) -> int:
+    """`fastddpm plan`."""
+    base = preset(_preset_of(args))
+    own = [f.name.replace("_", "-") for f in dataclasses.fields(PlanCommand) if f.name != "config"]
+    valid = [name.replace("_", "-") for name in flatten(dataclasses.asdict(base))] + own
+    command = parse(PlanCommand, args, "fastddpm plan", PlanCommand(base), valid)
+    from .plan import run_plan
+
+    return run_plan(command)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "replay": replay, "sample": sample, "plan": plan}
 
 
 def run(args: list[str]) -> int:

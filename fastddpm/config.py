@@ -109,6 +109,12 @@ class Config:
     """Optimiser steps between sample grids; 0 draws none."""
     keep: int = 3
     """Checkpoints kept; older ones are deleted after a newer one is committed."""
+    save_async: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """fsdp2: each process holds its share of weights, gradients, moments and averages, for nets that do not fit."""
+    hang_timeout: float = 600.0
+    """Seconds without progress after which several processes end, naming the rank that holds them up; 0 waits on."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to beside log.jsonl, e.g. tensorboard wandb; each must be installed."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -202,6 +208,7 @@ class Config:
             ("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "in [0, 1)"),
             ("data.workers", self.data.workers, self.data.workers >= 0, "at least 0"),
             ("data.cache_gb", self.data.cache_gb, self.data.cache_gb >= 0, "at least 0"),
+            ("hang_timeout", self.hang_timeout, self.hang_timeout >= 0, "at least 0"),
         )
         for name, value, ok, valid in checks:
             if not ok:
@@ -226,6 +233,7 @@ RUNTIME_FIELDS = frozenset(
     (
         *("preset", "run", "steps", "log_every", "save_every", "sample_every", "keep", "trackers", "data.workers"),
         *("data.cache_gb", "data.resident", "model.checkpoint_activations"),
+        *("accumulation", "save_async", "sharding", "hang_timeout"),
     )
 )
 

@@ -101,10 +101,18 @@ class TrainingProcess:
         Returns:
             x_t in x_0's memory format, t and flip. No gradient flows.
         """
-        t, coin = draw_timesteps(ordinals, self.schedule.num_timesteps, seed=self.seed, impl=self.impl)
+        t, coin = self._drawn(ordinals)
         flip = coin if self.flip else None
         x_t = add_noise(x_0, t, ordinals, *self._tables(x_0), seed=self.seed, flip=flip, dtype=dtype, impl=self.impl)
         return Noised(x_t, t, flip)
+
+    def timesteps(self, ordinals: Tensor) -> Tensor:
+        """t int64 [N] of the images at `ordinals` int64 [N], as noise draws it."""
+        return self._drawn(ordinals)[0]
+
+    def _drawn(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        t, coin = draw_timesteps(ordinals, self.schedule.num_timesteps, seed=self.seed, impl=self.impl)
+        return t, coin
 
     def loss(self, prediction: Tensor, noised: Noised, ordinals: Tensor, x_0: Tensor | None = None) -> Tensor:
         """Mean squared error of each sample, float32 [N]; differentiable in `prediction` only.

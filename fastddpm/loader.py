@@ -1,4 +1,4 @@
-"""From undecoded rows to a process's micro-batches: random access or a shuffled stream, through torch's DataLoader.
+"""From undecoded rows to a process's micro-batches: random access or streams by lanes, through torch's DataLoader.
 
 Loader workers hold no random state and ignore signals; what they cannot read reaches the caller as its own DataError.
 The batches of a GPU are copied while the step before them runs, or gathered from a data set that lives on the device.
@@ -13,7 +13,6 @@ import signal
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,14 +26,16 @@ from .cache import DecodedStore
 from .data import Batch, Fit
 from .errors import ConfigError, DataError
 from .images import ImageProblem, decode_image
-from .order import BatchPlan, Purpose, derive_key, permute, random_words, rows_at
+from .library import is_remote, library_errors, one_line, retried
+from .order import BatchPlan, MapOrder, replacement
 from .runlog import make_bar
-from .sources import library_errors, one_line
+from .streams import Example, LaneReader, Orphaned, Stream
 
 T = TypeVar("T")
 
-_ROW_BITS = 32  # a streamed row is shard << 32 | row inside the shard
-_CHUNK_ROWS = 256  # rows that the library hands over at a time
+MAX_ATTEMPTS = 100
+"""Rows that are tried in the place of one that cannot be used."""
+
 _RESIDENT_ROWS = 256  # rows decoded at a time on their way to the device
 
 
@@ -52,7 +53,7 @@ class Share(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """Turns Arrow values of the two columns into a Batch; images stay [n, H, W, C] until they have been pinned."""
+    """Turns Arrow values of the two columns into pixels and labels."""
 
     source: str
     image_column: str
@@ -60,6 +61,7 @@ class Decoder(NamedTuple):
     size: tuple[int, int]
     channels: int
     fit: Fit
+    background: tuple[int, int, int] | None = None
 
     def values(self, table: pa.Table) -> list[tuple[Any, int]]:
         """(undecoded image, label) per row."""
@@ -69,25 +71,20 @@ class Decoder(NamedTuple):
         labels = table.column(self.label_column).to_pylist()
         return [(image, -1 if label is None else int(label)) for image, label in zip(images, labels, strict=True)]
 
-    def batch(
-        self, values: list[tuple[Any, int]], positions: np.ndarray, rows: np.ndarray, name_row: Callable[[int], str]
-    ) -> Batch:
-        """Decodes `values`; name_row says how messages call a row."""
-        images = np.empty((len(values), *self.size, self.channels), dtype=np.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, about oversized images and damaged metadata
-            for i, (image, _) in enumerate(values):
-                try:
-                    images[i] = decode_image(_read_bytes(image), self.size, self.channels, self.fit)
-                except ImageProblem as problem:
-                    where = f"{name_row(int(rows[i]))} of {self.source}"
-                    path = _path(image)
-                    name = f"image {path} ({where})" if path else f"the image of {where}"
-                    raise DataError(f"{name} {problem}") from problem
-        labels = None
-        if self.label_column is not None:
-            labels = torch.tensor([label for _, label in values], dtype=torch.int64)
-        return Batch(torch.from_numpy(images), labels, torch.from_numpy(positions), torch.from_numpy(rows))
+    def pixels(self, image: Any, where: str) -> np.ndarray:
+        """uint8 [H, W, C] of an undecoded image; BadImage, which names it by its path and `where`."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PIL's, about oversized images and damaged metadata
+                return decode_image(_read_bytes(image), self.size, self.channels, self.fit, self.background)
+        except ImageProblem as problem:
+            path = _path(image)
+            name = f"image {path} ({where})" if path else f"the image of {where}"
+            raise BadImage(f"{name} {problem}") from problem
+
+
+class BadImage(DataError):
+    """One image that cannot be used."""
 
 
 def _path(image: Any) -> str | None:
@@ -105,182 +102,250 @@ def _read_bytes(image: Any) -> bytes:
     if not path:
         raise ImageProblem("is missing: the row has neither bytes nor a path")
     try:
-        if "://" in path:  # inside an archive or on the Hub, as streamed data sets name files
-            with xopen(path, "rb") as file:
-                return file.read()
-        with open(path, "rb") as file:
-            return file.read()
+        return retried(lambda: _file_bytes(path), path, is_remote(path))
     except Exception as error:  # OSError, or whatever a remote file system raises
         raise ImageProblem(f"cannot be read: {one_line(error)}") from error
 
 
+def _file_bytes(path: str) -> bytes:
+    # A URL is inside an archive or on the Hub, as streamed data sets name files.
+    with xopen(path, "rb") if is_remote(path) else open(path, "rb") as file:
+        data: bytes = file.read()
+        return data
+
+
+def _too_many(message: str) -> DataError:
+    return DataError(f"{message}; nor can any of {MAX_ATTEMPTS} others that were tried in its place")
+
+
 class MapReader(TorchDataset):
-    """Micro-batches of a data set with random access: from the store where it knows a row, or else decoded into it."""
+    """Micro-batches of a data set with random access: from the store where it knows an image, or else decoded into it.
+
+    rows: int64 [num_images], rows of `dataset` that the numbers of `order` stand for; None: the numbers themselves.
+    The store goes by numbers. skip: take another image in the place of one that cannot be used.
+    """
 
     def __init__(
-        self, dataset: Any, decoder: Decoder, share: Share, num_images: int, store: DecodedStore | None = None
+        self,
+        dataset: Any,
+        decoder: Decoder,
+        share: Share,
+        order: MapOrder,
+        name_row: Callable[[int], str],
+        *,
+        rows: np.ndarray | None = None,
+        store: DecodedStore | None = None,
+        skip: bool = False,
     ) -> None:
         self.dataset = dataset
         self.decoder = decoder
         self.share = share
-        self.num_images = num_images
+        self.order = order
+        self.name_row = name_row
+        self.rows = rows
         self.store = store
+        self.skip = skip
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | _Failure:
         positions = self.share.plan.positions(*key, self.share.rank)
         try:
-            return self._batch(positions, self.rows(positions))
+            return self._batch(positions, self.order.numbers(positions))
         except DataError as error:
             return _Failure(str(error))
 
-    def rows(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: the rows of the data set at `positions`."""
-        return rows_at(positions, self.num_images, self.share.seed)
+    def batch_of(self, numbers: np.ndarray) -> Batch:
+        """The images of `numbers` int64 [n], images [n, H, W, C]; the positions are their places."""
+        images, labels, bad = self._images(numbers)
+        for problem in bad.values():
+            raise problem
+        return self._as_batch(images, labels, np.arange(len(numbers)), self.rows_of(numbers), [])
 
-    def _batch(self, positions: np.ndarray, rows: np.ndarray) -> Batch:
-        if self.store is None:
-            return self._decoded(positions, rows)
-        images, labels, known = self.store.read(rows)
-        if not known.all():
-            new = self._decoded(positions[~known], rows[~known])
-            images[~known] = new.images.numpy()
-            if new.labels is not None:
-                labels[~known] = new.labels.numpy()
-            self.store.write(rows[~known], images[~known], labels[~known])
+    def rows_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [n]: the rows of the data set that `numbers` stand for."""
+        return numbers if self.rows is None else self.rows[numbers]
+
+    def _batch(self, positions: np.ndarray, numbers: np.ndarray) -> Batch:
+        images, labels, bad = self._images(numbers)
+        messages = []
+        for i, problem in bad.items():
+            number = self._instead(int(positions[i]), images[i : i + 1], labels[i : i + 1], problem)
+            numbers[i] = number
+            messages.append(str(problem))
+        return self._as_batch(images, labels, positions, self.rows_of(numbers), messages)
+
+    def _as_batch(
+        self, images: np.ndarray, labels: np.ndarray, positions: np.ndarray, rows: np.ndarray, messages: list[str]
+    ) -> Batch:
         return Batch(
             torch.from_numpy(images),
             None if self.decoder.label_column is None else torch.from_numpy(labels),
             torch.from_numpy(positions),
             torch.from_numpy(rows),
+            tuple(messages),
         )
 
-    def _decoded(self, positions: np.ndarray, rows: np.ndarray) -> Batch:
+    def _instead(self, position: int, image: np.ndarray, label: np.ndarray, problem: BadImage) -> int:
+        """Fills image [1, H, W, C] and label [1] with another image and returns its number."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            number = replacement(self.share.seed, position, attempt, self.order.num_images)
+            images, labels, bad = self._images(np.array([number]))
+            if not bad:
+                image[:], label[:] = images, labels
+                return number
+        raise _too_many(str(problem))
+
+    def _images(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, BadImage]]:
+        """uint8 [n, H, W, C], int64 [n], and what is wrong with those that, to be skipped, are left empty."""
+        if self.store is None:
+            return self._decoded(numbers)
+        images, labels, known = self.store.read(numbers)
+        bad: dict[int, BadImage] = {}
+        if not known.all():
+            unknown = np.flatnonzero(~known)
+            images[unknown], labels[unknown], found = self._decoded(numbers[unknown])
+            bad = {int(unknown[i]): problem for i, problem in found.items()}
+            sound = np.setdiff1d(unknown, list(bad))
+            self.store.write(numbers[sound], images[sound], labels[sound])
+        return images, labels, bad
+
+    def _decoded(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, BadImage]]:
+        rows = self.rows_of(numbers).tolist()
         with library_errors(self.decoder.source):
-            table = self.dataset[rows.tolist()]
-        return self.decoder.batch(self.decoder.values(table), positions, rows, lambda row: f"row {row}")
+            table = self.dataset[rows]
+        images = np.zeros((len(rows), *self.decoder.size, self.decoder.channels), dtype=np.uint8)
+        labels = np.empty(len(rows), dtype=np.int64)
+        bad: dict[int, BadImage] = {}
+        for i, (row, (image, label)) in enumerate(zip(rows, self.decoder.values(table), strict=True)):
+            labels[i] = label
+            try:
+                images[i] = self.decoder.pixels(image, self.name_row(row))
+            except BadImage as problem:
+                if not self.skip:
+                    raise
+                bad[i] = problem
+        return images, labels, bad
 
 
 class InOrder(MapReader):
-    """The rows as they are stored, again and again."""
+    """The images in the order of their numbers, which stand in the place of rows; of a bad one -1 - number."""
 
-    def rows(self, positions: np.ndarray) -> np.ndarray:
-        return positions % self.num_images
-
-
-class ShuffledStream:
-    """The examples of a streamed data set in an order of their own, fixed by (seed, epoch).
-
-    An epoch reads the shards in a permuted order through a shuffle buffer. Both are counter-based, so every process and
-    worker can walk the same sequence, which costs about 3 us per small example that it does not decode.
-    """
-
-    def __init__(self, dataset: Any, decoder: Decoder, buffer_size: int) -> None:
-        self.dataset = dataset
-        self.decoder = decoder
-        self.buffer_size = buffer_size
-
-    def examples(self, seed: int, start: int) -> Iterator[tuple[int, int, tuple[Any, int]]]:
-        """(position, row, undecoded value) of all positions from `start` on, epoch after epoch, without end.
-
-        Raises DataError where the stream is empty or cannot be read.
-        """
-        position = epoch = 0
-        while True:
-            first = position
-            for row, value in self._epoch(seed, epoch):
-                if position >= start:
-                    yield position, row, value
-                position += 1
-            length = position - first
-            if length == 0:
-                raise DataError(f"{self.decoder.source}: the stream has 0 rows")
-            # All epochs are of one length, so whole ones before the start need no second walk.
-            skipped = max(0, start - position) // length
-            position += skipped * length
-            epoch += 1 + skipped
-
-    def _epoch(self, seed: int, epoch: int) -> Iterator[tuple[int, tuple[Any, int]]]:
-        """(row, value) through the buffer: example k takes the place of a random one, which is handed out."""
-        key = derive_key(seed, epoch, Purpose.BUFFER)
-        buffer: list[tuple[int, tuple[Any, int]]] = []
-        count = 0
-        for chunk in self._chunks(seed, epoch):
-            words = random_words(key, np.arange(count, count + len(chunk), dtype=np.uint64))
-            places = ((words >> np.uint64(32)) * np.uint64(self.buffer_size)) >> np.uint64(32)
-            count += len(chunk)
-            for example, place in zip(chunk, places.tolist(), strict=True):
-                if len(buffer) < self.buffer_size:
-                    buffer.append(example)
-                else:
-                    handed_out, buffer[place] = buffer[place], example
-                    yield handed_out
-        if buffer:
-            tail = np.arange(len(buffer), dtype=np.int64)
-            for place in permute(tail, len(buffer), derive_key(seed, epoch, Purpose.BUFFER_TAIL)).tolist():
-                yield buffer[place]
-
-    def _chunks(self, seed: int, epoch: int) -> Iterator[list[tuple[int, tuple[Any, int]]]]:
-        """The rows of all shards, shard by shard in the epoch's order, some at a time."""
-        num_shards = self.dataset.num_shards
-        order = permute(np.arange(num_shards, dtype=np.int64), num_shards, derive_key(seed, epoch, Purpose.SHARDS))
-        for shard in order.tolist():
-            row = shard << _ROW_BITS
-            for table in self._tables(num_shards, shard):
-                values = self.decoder.values(table)
-                yield list(enumerate(values, start=row))
-                row += len(values)
-
-    def _tables(self, num_shards: int, shard: int) -> Iterator[pa.Table]:
-        # iter() and not __iter__: inside a loader worker the latter hands every worker other shards.
-        source = self.decoder.source
-        with library_errors(source):
-            tables = iter(self.dataset.shard(num_shards, shard).iter(batch_size=_CHUNK_ROWS))
-        while True:
-            with library_errors(source):
-                table = next(tables, None)
-            if table is None:
-                return
-            yield table
+    def __getitem__(self, key: tuple[int, int]) -> Batch | _Failure:
+        positions = self.share.plan.positions(*key, self.share.rank)
+        numbers = positions % self.order.num_images
+        try:
+            images, labels, bad = self._images(numbers)
+        except DataError as error:
+            return _Failure(str(error))
+        numbers[list(bad)] = -1 - numbers[list(bad)]
+        return self._as_batch(images, labels, positions, numbers, [str(problem) for problem in bad.values()])
 
 
 class StreamReader(IterableDataset):
-    """Micro-batches of a stream: each loader worker walks all of it and decodes every num_workers-th micro-batch."""
+    """A stream's micro-batches in parts: each loader worker reads its own of the process's lanes.
 
-    def __init__(self, stream: ShuffledStream, decoder: Decoder, share: Share) -> None:
+    Worker i yields part i of every micro-batch, which may be empty. Where there are more workers than lanes, those of a
+    lane all read it and decode in turns. decoders: one for each of the data set's sources.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        decoders: tuple[Decoder, ...],
+        share: Share,
+        name_row: Callable[[int], str],
+        skip: bool = False,
+    ) -> None:
         self.stream = stream
-        self.decoder = decoder
+        self.decoders = decoders
         self.share = share
+        self.name_row = name_row
+        self.skip = skip
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
-        # The DataLoader takes from its workers in turn, so micro-batch i must come from worker i modulo their number.
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         parent = os.getppid()
-        plan, rank = self.share.plan, self.share.rank
-        examples: Iterator[tuple[int, int, tuple[Any, int]]] | None = None
+        readers: dict[tuple[int, int], LaneReader] = {}
         try:
-            for step, index in islice(self.share.micro_batches(), worker, None, num_workers):
-                first = plan.first_position(step, index, rank)
-                if examples is None:
-                    examples = self.stream.examples(self.share.seed, first)
-                rows: list[int] = []
-                values: list[tuple[Any, int]] = []
-                for position, row, value in examples:
-                    if position >= first:
-                        rows.append(row)
-                        values.append(value)
-                        if len(rows) == plan.micro_batch_size:
-                            break
-                    elif position % 4096 == 0 and os.getppid() != parent:
-                        return  # the training process was killed during a long walk
-                positions = plan.positions(step, index, rank)
-                yield self.decoder.batch(values, positions, np.array(rows, dtype=np.int64), _name_streamed_row)
+            for key in self.share.micro_batches():
+                positions = self.share.plan.positions(*key, self.share.rank)
+                positions = positions[self._own(positions, worker, num_workers)]
+                lanes, which, indices = (column.tolist() for column in self.stream.find(positions))
+                examples = []
+                for at in zip(lanes, which, indices, strict=True):
+                    if at[:2] not in readers:
+                        readers[at[:2]] = LaneReader(
+                            self.stream.lanes[at[1]],
+                            at[0],
+                            self.stream.window,
+                            self.values,
+                            lambda: os.getppid() == parent,
+                        )
+                    examples.append((readers[at[:2]], at[2]))
+                yield self._part(positions, examples)
+        except Orphaned:
+            return
         except DataError as error:
             yield _Failure(str(error))
 
+    def _own(self, positions: np.ndarray, worker: int, num_workers: int) -> np.ndarray:
+        """bool [n]: the positions of this worker, for a start mid-run the same lanes in every micro-batch."""
+        num_lanes = self.stream.num_lanes
+        apart = int(np.gcd(self.share.plan.world, num_lanes))  # the process's lanes are so far apart
+        lane = positions % num_lanes // apart
+        own_lanes = num_lanes // apart
+        if own_lanes >= num_workers:
+            return lane % num_workers == worker
+        in_turn = (num_workers - 1 - lane) // own_lanes + 1  # workers lane, lane + own_lanes, ... share it
+        turn = positions // np.lcm(self.share.plan.world, num_lanes)
+        return lane + own_lanes * (turn % in_turn) == worker
 
-def _name_streamed_row(row: int) -> str:
-    return f"row {row & ((1 << _ROW_BITS) - 1)} of shard {row >> _ROW_BITS}"
+    def _part(self, positions: np.ndarray, places: list[tuple[LaneReader, int]]) -> Batch:
+        examples, pixels, messages = [], [], []
+        for reader, index in places:
+            example = reader.at(index)
+            try:
+                pixels.append(self._pixels(example))
+            except BadImage as problem:
+                if not self.skip:
+                    raise
+                messages.append(str(problem))
+                example, image = self._instead(reader, index, str(problem))
+                pixels.append(image)
+            examples.append(example)
+        return self._as_batch(examples, pixels, positions, messages)
+
+    def values(self, source: int, table: pa.Table) -> list[tuple[Any, int]]:
+        """(undecoded image, label) of each row of a table of a source."""
+        return self.decoders[source].values(table)
+
+    def batch_of(self, examples: list[Example]) -> Batch:
+        """Examples decoded, images [n, H, W, C]; the positions are their places."""
+        return self._as_batch(examples, [self._pixels(example) for example in examples], np.arange(len(examples)), [])
+
+    def _as_batch(
+        self, examples: list[Example], pixels: list[np.ndarray], positions: np.ndarray, messages: list[str]
+    ) -> Batch:
+        decoder = self.decoders[0]
+        images = np.array(pixels, dtype=np.uint8).reshape(-1, *decoder.size, decoder.channels)
+        labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
+        return Batch(
+            torch.from_numpy(images),
+            None if decoder.label_column is None else labels,
+            torch.from_numpy(positions),
+            torch.tensor([example.row for example in examples], dtype=torch.int64),
+            tuple(messages),
+        )
+
+    def _pixels(self, example: Example) -> np.ndarray:
+        return self.decoders[example.source].pixels(example.image, self.name_row(example.row))
+
+    def _instead(self, reader: LaneReader, index: int, message: str) -> tuple[Example, np.ndarray]:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            example = reader.instead(index, attempt)
+            with contextlib.suppress(BadImage):
+                return example, self._pixels(example)
+        raise _too_many(message)
 
 
 class _Failure:
@@ -292,6 +357,8 @@ class _Failure:
 
 def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The reader's micro-batches through a DataLoader that touches no global random state."""
+    parts = max(1, workers) if isinstance(reader, StreamReader) else 1
+    pin = pin and torch.cuda.is_available()
     with warnings.catch_warnings():
         # torch's, that there are more workers than processor cores: they still overlap with the training step.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -301,13 +368,15 @@ def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool
             sampler=None if isinstance(reader, StreamReader) else _Keys(share),
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=pin and torch.cuda.is_available(),
+            prefetch_factor=2 * parts if workers else None,
+            pin_memory=pin and parts == 1,  # parts are pinned when they are put together
             worker_init_fn=_init_worker,
             generator=torch.Generator().manual_seed(0),  # iter() draws from it; without it from the global generator
         )
         with _signals_held_back():
             iterator = iter(loader)
     _OPEN_ITERATORS.add(iterator)
+    received: list[Batch] = []
     try:
         while True:
             try:
@@ -326,9 +395,37 @@ def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool
                 ) from error
             if isinstance(item, _Failure):
                 raise DataError(item.message)
-            yield item._replace(images=item.images.permute(0, 3, 1, 2))
+            received.append(item)
+            if len(received) == parts:
+                batch = received[0] if parts == 1 else _joined(received, pin)
+                received = []
+                # pin_memory makes a list of what was a tuple
+                yield batch._replace(images=batch.images.permute(0, 3, 1, 2), replaced=tuple(batch.replaced))
     finally:
         _close(iterator)
+
+
+def _joined(parts: list[Batch], pin: bool) -> Batch:
+    """The parts of one micro-batch in order of position."""
+    order = torch.cat([part.ordinals for part in parts]).argsort()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    places = place.split([len(part.ordinals) for part in parts])
+
+    def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+        whole = torch.empty((len(order), *tensors[0].shape[1:]), dtype=tensors[0].dtype, pin_memory=pin)
+        for at, tensor in zip(places, tensors, strict=True):
+            whole[at] = tensor
+        return whole
+
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Batch(
+        join([part.images for part in parts]),
+        join(labels) if labels else None,
+        join([part.ordinals for part in parts]),
+        join([part.rows for part in parts]),
+        tuple(message for part in parts for message in part.replaced),
+    )
 
 
 def copied_ahead(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
@@ -360,7 +457,7 @@ def _move(batch: Batch, device: torch.device) -> Batch:
         for tensor in (batch.images, batch.labels, batch.ordinals)
     )
     assert images is not None and ordinals is not None
-    return Batch(images, labels, ordinals, batch.rows)
+    return batch._replace(images=images, labels=labels, ordinals=ordinals)
 
 
 def _one_ahead(
@@ -393,15 +490,17 @@ class Resident(NamedTuple):
     """uint8 [num_images, H, W, C]."""
     labels: torch.Tensor | None
     """int64 [num_images], or None without a label column."""
+    bad: dict[int, str]
+    """Numbers of images that could not be used, and why."""
 
 
 def load_resident(reader: MapReader, workers: int, device: torch.device) -> Resident:
     """Puts the whole data set of `reader` on `device`.
 
     Raises ConfigError where it would take more than half of the memory that is free there (of a CPU: all that there
-    is), and DataError for an image that cannot be used.
+    is), and DataError for an image that cannot be used and is not to be skipped.
     """
-    decoder, num_images, rank = reader.decoder, reader.num_images, reader.share.rank
+    decoder, num_images, rank = reader.decoder, reader.order.num_images, reader.share.rank
     num_bytes, free = num_images * decoder.size[0] * decoder.size[1] * decoder.channels, _free_bytes(device)
     if num_bytes > free // 2:
         raise ConfigError(
@@ -410,24 +509,30 @@ def load_resident(reader: MapReader, workers: int, device: torch.device) -> Resi
         )
     images = torch.empty((num_images, *decoder.size, decoder.channels), dtype=torch.uint8, device=device)
     labels = None if decoder.label_column is None else torch.empty(num_images, dtype=torch.int64, device=device)
+    bad: dict[int, str] = {}
     plan = BatchPlan(min(_RESIDENT_ROWS, num_images))
     steps = -(-num_images // plan.batch_size)
     first = rank * steps // reader.share.plan.world  # elsewhere on each rank, which finds in the store what others did
     share = Share(plan, 0, 0, first, first + steps)
-    loading = load(
-        InOrder(reader.dataset, decoder, share, num_images, reader.store), share, workers, pin=device.type == "cuda"
+    in_order = InOrder(
+        *(reader.dataset, decoder, share, reader.order, reader.name_row),
+        rows=reader.rows,
+        store=reader.store,
+        skip=reader.skip,
     )
+    loading = load(in_order, share, workers, pin=device.type == "cuda")
     with (
         contextlib.closing(copied_ahead(loading, device)) as batches,
         make_bar("decoding", "images", num_images, enabled=rank == 0) as bar,
     ):
         for batch in batches:
-            rows = batch.rows.to(device)
-            images.index_copy_(0, rows, batch.images.permute(0, 2, 3, 1))
+            bad.update(zip((-1 - batch.rows[batch.rows < 0]).tolist(), batch.replaced, strict=True))
+            numbers = torch.where(batch.rows < 0, -1 - batch.rows, batch.rows).to(device)
+            images.index_copy_(0, numbers, batch.images.permute(0, 2, 3, 1))
             if labels is not None and batch.labels is not None:
-                labels.index_copy_(0, rows, batch.labels)
-            bar.update(min(len(rows), num_images - bar.n))
-    return Resident(images, labels)
+                labels.index_copy_(0, numbers, batch.labels)
+            bar.update(min(len(numbers), num_images - bar.n))
+    return Resident(images, labels, bad)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -436,19 +541,32 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
-def resident_batches(resident: Resident, share: Share) -> Generator[Batch, None, None]:
-    """Micro-batches gathered on the device, for which the host sends row numbers and waits for nothing."""
-    device, num_images = resident.images.device, len(resident.images)
-    for step, index in share.micro_batches():
-        positions = share.plan.positions(step, index, share.rank)
-        rows = torch.from_numpy(rows_at(positions, num_images, share.seed))
-        places = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-        first = int(positions[0])
+def resident_batches(resident: Resident, reader: MapReader) -> Generator[Batch, None, None]:
+    """Micro-batches of `reader` gathered on the device, for which the host sends numbers and waits for nothing."""
+    device, share, order = resident.images.device, reader.share, reader.order
+    for key in share.micro_batches():
+        positions = share.plan.positions(*key, share.rank)
+        numbers = order.numbers(positions)
+        messages = []
+        if resident.bad:
+            for i in np.flatnonzero(np.isin(numbers, list(resident.bad))).tolist():
+                message = resident.bad[int(numbers[i])]
+                messages.append(message)
+                attempts = range(1, MAX_ATTEMPTS + 1)
+                tried = (replacement(share.seed, int(positions[i]), n, order.num_images) for n in attempts)
+                number = next((number for number in tried if number not in resident.bad), None)
+                if number is None:
+                    raise _too_many(message)
+                numbers[i] = number
+        places = torch.from_numpy(numbers)
+        places = (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
+        first, step = int(positions[0]), share.plan.world
         yield Batch(
             resident.images.index_select(0, places).permute(0, 3, 1, 2),
             None if resident.labels is None else resident.labels.index_select(0, places),
-            torch.arange(first, first + len(positions), device=device),
-            rows,
+            torch.arange(first, first + step * len(positions), step, device=device),
+            torch.from_numpy(reader.rows_of(numbers)),
+            tuple(messages),
         )
 
 

@@ -29,8 +29,10 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
 
     Raises:
         ConfigError: for fp16 on a CPU, where accelerate would run fp32 without a word, and for several processes that
-            do not know of each other.
+            do not know of each other or have no device each.
     """
+    if not kwargs.get("cpu"):
+        check_processes()
     mixed = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # or accelerate refuses a second precision in one process
@@ -49,6 +51,30 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
             f"{world} processes were launched but do not know of each other: on CPUs set ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def check_processes() -> None:
+    """Check the processes that a launcher has started on this machine against its GPUs, before anything waits.
+
+    Raises:
+        ConfigError: several processes without a GPU that have not been told to use the CPU, where each would train the
+            whole run by itself; more processes than GPUs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    if not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{world} processes were launched on a machine without a GPU: to train on CPUs, set ACCELERATE_USE_CPU=true"
+        )
+    if torch.cuda.is_available():
+        # Some launchers say only which of this machine's processes this is.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ.get("LOCAL_RANK", "0")) + 1)
+        if here > (gpus := torch.cuda.device_count()):
+            raise ConfigError(
+                f"{here} processes were launched on this machine and {gpus} GPUs are visible to them: start one "
+                "process per GPU, or make more visible (CUDA_VISIBLE_DEVICES)"
+            )
 
 
 @contextlib.contextmanager
@@ -85,6 +111,7 @@ def settle_precision(precision: str, stored: Callable[[], str | None] = lambda: 
     """
     if precision != "auto":
         return precision, None
+    check_processes()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which Accelerator reads, and this does not
     found: list[Any] = [None]
     if state.is_main_process:

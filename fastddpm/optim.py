@@ -61,17 +61,21 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
 def update_ema(
     averages: Sequence[Tensor], weights: Sequence[Tensor], weight: float | Tensor, applied: Tensor | None = None
 ) -> None:
-    """average <- (1 - weight) * average + weight * weights, over all tensors in a few kernels, without a host sync.
+    """average <- (1 - weight) * average + weight * weights, over all tensors in one pass, without a host sync.
 
     Args:
-        weight: 1 - decay, as a number or a float32 scalar on the device.
-        applied: bool scalar on the device; where it is False (fp16's loss scale skipped the step) nothing changes.
+        weight: 1 - decay, as a number or a float32 scalar on the device; a number counts as rounded to float32.
+        applied: bool scalar on the device; where it is False (a step that is skipped) nothing changes.
     """
+    averages, weights = list(averages), list(weights)
     if applied is None and not isinstance(weight, Tensor):
-        torch._foreach_lerp_(list(averages), list(weights), weight)
+        torch._foreach_lerp_(averages, weights, weight)
         return
-    if applied is not None:
-        weight = torch.where(applied, weight, 0.0)
-    change = torch._foreach_sub(list(weights), list(averages))
-    torch._foreach_mul_(change, weight)
-    torch._foreach_add_(list(averages), change)
+    # foreach_lerp takes no weight from the device: sub, mul and add instead are three passes, 32 bytes a parameter for
+    # 12. torch's fused SGD does, and a flag besides: with decay -1 its gradient is weights - average, its rate -weight.
+    # (Not `maximize`: the order in which torch negates and decays has changed.)
+    rate = -weight if isinstance(weight, Tensor) else -torch.tensor(weight, dtype=torch.float32).item()
+    torch._fused_sgd_(
+        averages, weights, [], weight_decay=-1.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False, maximize=False,
+        is_first_step=False, found_inf=None if applied is None else 1.0 - applied.float(),
+    )  # fmt: skip

@@ -2,21 +2,33 @@
 
 import json
 import math
+import os
 import shutil
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .files import replace_file
+from .files import replace_file, write_json
+
+
+def write_status(run: Path, status: str, step: int, **facts: Any) -> None:
+    """Replace RUN/status.json, which outlives what launchers make of exit codes.
+
+    status: running, done, preempted (a signal stopped the run, which goes on with the same command) or failed.
+    """
+    record = {"status": status, "step": step, **facts, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    write_json(run / "status.json", record | {"pid": os.getpid(), "host": socket.gethostname()})
 
 
 class RunLog:
-    """RUN/log.jsonl: one JSON object per log interval, in step order, without repeats across restarts."""
+    """RUN/log.jsonl, or another file of its kind: one JSON object per event, in step order, no repeats on restart."""
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "log.jsonl"
+    def __init__(self, run: Path, name: str = "log.jsonl") -> None:
+        self.path = run / name
 
     def rewind(self, step: int) -> None:
         """Drop lines beyond `step`, which a restart will write again, and a last line torn by a kill."""
@@ -36,13 +48,25 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite, which JSON does not have, become null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.path.open("a") as handle:
-            handle.write(json.dumps(finite, allow_nan=False) + "\n")
+            handle.write(to_json(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """All lines, oldest first."""
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+def to_json(record: Any) -> str:
+    """One line of JSON, with null for numbers that are not finite."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), allow_nan=False)
 
 
 def _clock(seconds: float) -> str:

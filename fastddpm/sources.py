@@ -1,35 +1,37 @@
 """Data sources: one function and one line of SOURCES each, all opened through the `datasets` library.
 
 The library's exceptions, whatever their type, become one DataError line, and its bars and warnings stay off stderr,
-which is the progress display.
+which is the progress display. Several sources make one data set; of streamed parquet files the row groups are listed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import io
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
-import huggingface_hub.utils
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from .errors import ConfigError, DataError
+from .filters import Filter, rows_where
+from .library import library_errors, one_line
+from .rowgroups import ROW_BITS, RowGroups, filter_row_groups, read_row_groups
+from .stored import stored
 
 if TYPE_CHECKING:
     from .data import DataConfig
 
 KNOWN_FORMS = "digits, hub:ID, parquet:PATH, folder:DIR, or anything load_dataset reads"
-_LOGGERS = ("datasets", "huggingface_hub")
+_FILTER_ROWS = 65_536  # rows of a map-style set that are looked at together
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -37,24 +39,137 @@ _SPLIT_FOLDERS = {
 }
 
 
-class ImageSource(NamedTuple):
-    """A data set reduced to its image and label columns, which it gives undecoded, as Arrow tables."""
+class ParquetStream(NamedTuple):
+    """A streamed data set that is read from its parquet files without the library, which gives its features."""
 
+    dataset: Any
+    groups: RowGroups
+
+
+class Part(NamedTuple):
+    """One source, reduced to its image and label columns, which it gives undecoded, as Arrow tables."""
+
+    name: str
+    split: str
     dataset: Any
     """datasets.Dataset or, streamed, datasets.IterableDataset."""
     image_column: str
     label_column: str | None
-    num_images: int | None
-    """Rows, None when streamed."""
     num_classes: int | None
     class_names: list[str] | None
+    features: datasets.Features
+    """Of these columns, images undecoded, and perhaps of more."""
+    groups: RowGroups | None
+    """Row groups of streamed parquet files."""
+    kept: np.ndarray | None
+    """int64: rows of a map-style set that pass the filter; None: all."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the columns as they are read."""
+        names = [self.image_column, *([] if self.label_column is None else [self.label_column])]
+        return datasets.Features({name: self.features[name] for name in names}).arrow_schema
+
+    @property
+    def num_blocks(self) -> int:
+        """Row groups or shards of a streamed source."""
+        return self.dataset.num_shards if self.groups is None else len(self.groups.sizes)
+
+    @property
+    def num_images(self) -> int | None:
+        """Rows that are trained on; None of a stream whose rows are not counted."""
+        if self.groups is not None:
+            return int(self.groups.sizes.sum())
+        if isinstance(self.dataset, datasets.IterableDataset):
+            return None
+        return len(self.dataset) if self.kept is None else len(self.kept)
+
+
+class ImageSource(NamedTuple):
+    """All sources of a data set as one."""
+
+    parts: tuple[Part, ...]
+    dataset: Any
+    """Map-style: the rows of all sources, one after the other, before filtering; streamed: None."""
+    image_column: str
+    """Of dataset."""
+    label_column: str | None
+    rows: np.ndarray | None
+    """int64 [num_images]: rows of dataset that pass the filter; None: all."""
+    num_images: int | None
+    num_classes: int | None
+    class_names: list[str] | None
+    warning: str | None
+
+    def first_block(self, part: int) -> int:
+        """The number of a streamed source's first row group or shard among those of all sources."""
+        return sum(before.num_blocks for before in self.parts[:part])
+
+    def name_row(self, row: int) -> str:
+        """What messages call a row as batches number it."""
+        if self.dataset is not None:
+            for part in self.parts:
+                if row < len(part.dataset):
+                    return f"row {row} of split {part.split} of {part.name}"
+                row -= len(part.dataset)
+            raise IndexError(row)
+        block, row = row >> ROW_BITS, row & ((1 << ROW_BITS) - 1)
+        for part in self.parts:
+            if block < part.num_blocks:
+                break
+            block -= part.num_blocks
+        if part.groups is None:
+            return f"row {row} of shard {block} of split {part.split} of {part.name}"
+        path = part.groups.paths[int(part.groups.file[block])]
+        return f"row {row} of row group {int(part.groups.group[block])} of {path}, split {part.split} of {part.name}"
 
 
 def open_images(config: DataConfig) -> ImageSource:
-    """Opens the source and finds its columns by type or name. DataError or ConfigError, one line."""
-    dataset = _open_source(config)
-    num_images = None if config.streaming else len(dataset)
-    if num_images == 0:
+    """Opens the sources and finds their columns by type or name. DataError or ConfigError, one line."""
+    rule = None if config.filter is None else Filter(config.filter)
+    parts = [_open_part(replace(config, source=source), rule) for source in (config.source, *config.mix)]
+    warning = None
+    if len(parts) > 1 and any(part.label_column for part in parts):
+        first = parts[0]
+        if any(part.label_column is None or part.class_names != first.class_names for part in parts):
+            warning = "labels are left out: " + "; ".join(
+                f"{part.name} has {'none' if part.label_column is None else _shown(part.class_names)}" for part in parts
+            )
+            parts = [part._replace(label_column=None, num_classes=None, class_names=None) for part in parts]
+    counts = [part.num_images for part in parts]
+    if len(parts) > 1 and not config.weights and None in counts:
+        name = parts[counts.index(None)].name
+        raise ConfigError(f"data.weights is not set and {name} does not tell how many images it has: give weights")
+    classes = [part.num_classes for part in parts]
+    dataset, image_column, label_column = None, parts[0].image_column, parts[0].label_column
+    if not config.streaming:
+        dataset, image_column, label_column = _concatenated(parts)
+    return ImageSource(
+        tuple(parts),
+        dataset,
+        image_column,
+        label_column,
+        None if config.streaming else _kept_of_all(parts),
+        None if None in counts else sum(count for count in counts if count is not None),
+        None if None in classes else max(number for number in classes if number is not None),
+        parts[0].class_names,
+        warning,
+    )
+
+
+def _shown(names: list[str] | None) -> str:
+    if names is None:
+        return "plain numbers"
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _open_part(config: DataConfig, rule: Filter | None) -> Part:
+    """One source."""
+    opened = _open_source(config)
+    dataset, groups = opened, None
+    if isinstance(opened, ParquetStream):
+        dataset, groups = opened
+    if (not config.streaming and len(dataset) == 0) or (groups is not None and not groups.sizes.sum()):
         raise DataError(f"{config.source}: split {config.split} has 0 rows")
     with library_errors(config.source):
         features = dataset.features if dataset.features is not None else dataset._resolve_features().features
@@ -62,14 +177,91 @@ def open_images(config: DataConfig) -> ImageSource:
         raise DataError(f"{config.source}: split {config.split} has 0 rows or no columns")
     image_column = _find_image_column(features, config)
     label_column = _find_label_column(features, config)
+    kept = None
+    if rule is not None:
+        if config.streaming and groups is None:
+            raise DataError(
+                f"{config.source}: data.filter needs to know the rows, which this stream does not tell: leave out "
+                "--data.streaming, or store the data as parquet"
+            )
+        with library_errors(config.source):
+            if groups is not None:
+                groups = filter_row_groups(groups, rule, features, config.source)
+            else:
+                kept = _filtered(dataset, rule, features, config.source)
+        if not (groups.sizes.sum() if groups is not None else len(kept if kept is not None else ())):
+            raise DataError(f"{config.source}: data.filter={rule.text!r} leaves 0 rows of split {config.split}")
     with library_errors(config.source):
         dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
         if isinstance(features[image_column], datasets.Image):
             # Decoded by us and not by the library, so that errors name the file or the row.
             dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         dataset = dataset.with_format("arrow")
+        num_images = None if config.streaming else len(dataset)
         num_classes, class_names = _classes(dataset, features, label_column, num_images)
-    return ImageSource(dataset, image_column, label_column, num_images, num_classes, class_names)
+        chosen = datasets.Features({name: features[name] for name in (image_column, label_column) if name is not None})
+        if isinstance(features[image_column], datasets.Image):
+            chosen[image_column] = datasets.Image(decode=False)
+    return Part(
+        config.source,
+        config.split,
+        dataset,
+        image_column,
+        label_column,
+        num_classes,
+        class_names,
+        chosen,
+        groups,
+        kept,
+    )
+
+
+def _filtered(dataset: Any, rule: Filter, features: datasets.Features, source: str) -> np.ndarray:
+    """The rows of a map-style set for which `rule` holds, int64, ascending."""
+    condition = rule.expression(features, source)
+    columns = dataset.select_columns(list(rule.columns)).with_format("arrow")
+
+    def evaluate() -> dict[str, np.ndarray]:
+        firsts = range(0, len(columns), _FILTER_ROWS)
+        kept = [rows_where(columns[first : first + _FILTER_ROWS], condition, first) for first in firsts]
+        return {"rows": np.concatenate(kept)}
+
+    return stored({"dataset": dataset._fingerprint, "filter": str(condition)}, evaluate)["rows"]
+
+
+def _concatenated(parts: list[Part]) -> tuple[Any, str, str | None]:
+    """All rows of map-style sources under the first one's names: (data set, image column, label column)."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first.dataset, first.image_column, first.label_column
+    label = first.label_column
+    if label == first.image_column or label is None:
+        label = None
+    sets = []
+    for part in parts:
+        with library_errors(part.name):
+            names = {part.image_column: first.image_column}
+            if label is not None and part.label_column is not None:
+                names[part.label_column] = label
+            dataset = part.dataset.select_columns(list(names))
+            # By way of names that nothing else has: one source's image column may be called as another's labels are.
+            dataset = dataset.rename_columns({name: f"fastddpm {new}" for name, new in names.items()})
+            dataset = dataset.rename_columns({f"fastddpm {new}": new for new in names.values()})
+            dataset = dataset.cast_column(first.image_column, datasets.Image(decode=False))
+            if label is not None:
+                dataset = dataset.cast_column(label, datasets.Value("int64"))
+            sets.append(dataset.with_format(None))
+    with library_errors(", ".join(part.name for part in parts)):
+        return datasets.concatenate_datasets(sets).with_format("arrow"), first.image_column, label
+
+
+def _kept_of_all(parts: list[Part]) -> np.ndarray | None:
+    """Rows of the concatenated sources that pass the filter."""
+    if all(part.kept is None for part in parts):
+        return None
+    starts = np.cumsum([0] + [len(part.dataset) for part in parts])
+    kept = [part.kept for part in parts if part.kept is not None]
+    return np.concatenate([start + rows for start, rows in zip(starts, kept, strict=False)])
 
 
 def _classes(
@@ -88,7 +280,7 @@ def _classes(
 
 
 def _open_source(config: DataConfig) -> Any:
-    """The data set of a config: a datasets.Dataset, or an IterableDataset when streamed. DataError or ConfigError."""
+    """The data set of one source: a datasets.Dataset or, streamed, an IterableDataset or a ParquetStream."""
     if not config.source:
         raise ConfigError(f"data.source is empty: name the images to train on ({KNOWN_FORMS})")
     scheme, separator, location = config.source.partition(":")
@@ -165,7 +357,8 @@ def _open_parquet(location: str, config: DataConfig) -> Any:
             raise DataError(f"{config.source}: no such file or folder: {os.path.abspath(path)}")
     wanted = _split_names(config, list(files))
     # Footers are read here to name a damaged file, and because datasets stops at a file whose first row group is empty.
-    files = {split: [name for name in files[split] if _num_rows(name, config)] for split in wanted}
+    # Streamed, they are read and remembered later.
+    files = {s: [name for name in files[s] if config.streaming or _num_rows(name, config)] for s in wanted}
     for split, kept in files.items():
         if not kept:
             raise DataError(f"{config.source}: split {split} has 0 rows")
@@ -231,6 +424,10 @@ def _build(config: DataConfig, path: str, **arguments: Any) -> Any:
         builder = datasets.load_dataset_builder(path, **arguments)
         if known := list(builder.info.splits or builder.config.data_files or ()):
             _split_names(config, [str(split) for split in known])
+        if config.streaming and isinstance(builder, Parquet):
+            files = {str(split): names for split, names in builder.config.data_files.items()}
+            groups = read_row_groups(map(str, files[config.split]), config.source)  # names a file that cannot be read
+            return ParquetStream(builder.as_streaming_dataset(split=config.split), groups)
         if config.streaming:
             return builder.as_streaming_dataset(split=config.split)
         builder.download_and_prepare()
@@ -246,48 +443,6 @@ def _split_names(config: DataConfig, known: list[str]) -> list[str]:
     if config.streaming and names != [config.split]:
         raise DataError(f"{config.source}: data.split={config.split} cannot be streamed, only a whole split can")
     return list(dict.fromkeys(names))
-
-
-class _Mute(logging.Filter):
-    """Drops every record. A filter on the handler costs 1 us; setting a level clears all loggers' caches, 0.2 ms."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return False
-
-
-@contextlib.contextmanager
-def library_errors(source: str, bars: bool = False) -> Iterator[None]:
-    """Around calls of datasets and pyarrow: any exception becomes one DataError line, and stderr stays quiet.
-
-    bars: leave the progress bars of long downloads on, where a person is watching the first process.
-    """
-    bars = bars and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with contextlib.ExitStack() as undo, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for handler in [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]:
-            mute = _Mute()
-            handler.addFilter(mute)
-            undo.callback(handler.removeFilter, mute)
-        if not bars:
-            for library in (datasets, huggingface_hub.utils):
-                if not library.are_progress_bars_disabled():
-                    library.disable_progress_bars()
-                    undo.callback(library.enable_progress_bars)
-        try:
-            yield
-        except (DataError, ConfigError):
-            raise
-        except Exception as error:
-            raise DataError(f"{source}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Type and message of an exception, or of the one that caused it where datasets says no more, on one line."""
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    message = " ".join(str(error).split())
-    message = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return message if len(message) <= limit else message[: limit - 3] + "..."
 
 
 def _find_image_column(features: datasets.Features, config: DataConfig) -> str:

@@ -13,6 +13,7 @@ from .diffusion import TrainingProcess
 from .errors import ConfigError
 from .graphs import capture
 from .optim import as_line, clip_factor, ema_decay, learning_rate, make_optimizer, update_ema
+from .sharding import gradients_kept, is_sharded, local, total_norm
 from .unet import UNet
 
 EAGER_STEPS = 3  # before a graph is captured: libraries choose their algorithms and allocate in them
@@ -25,7 +26,7 @@ class TrainStep:
 
     Args:
         unet: the network, on its device; its parameters are trained, in their own dtype.
-        ema_unet: a copy of it, which becomes the average of its weights.
+        ema_unet: a copy of it, which becomes the average of its weights; sharded if the network is.
         process: noising and loss.
         optim, ema: of the config.
         dtype: of activations and the prediction: float32, bfloat16 or float16.
@@ -64,7 +65,10 @@ class TrainStep:
             _check_graph(self.device, processes, self.scaler is not None)
         self.model: nn.Module = unet
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        if accelerator is not None:
+        self.sharded = is_sharded(unet)
+        if self.sharded:  # accelerate would wrap it once more
+            self.no_sync = lambda: gradients_kept(unet)
+        elif accelerator is not None:
             self.model = accelerator.prepare(unet)
             # The net casts its own inputs and weights: off with the wrapper that runs it under autocast, where norms
             # are fp32, and turns its prediction into fp32.
@@ -72,14 +76,14 @@ class TrainStep:
             self.no_sync = lambda: accelerator.no_sync(self.model)
         # The optimiser sees each weight's memory as a line: torch's fused Adam on a CPU copies gradients that are in
         # channels_last order, and mixes up tensors of one parameter that differ in their order. Taken now, because
-        # preparing the model for several processes gives its weights other memory.
-        self.lines = [nn.Parameter(as_line(w.detach())) for w in self.weights]
+        # preparing the model for several processes gives its weights other memory. Of a sharded net this process has
+        # some rows of each weight, or none.
+        self.lines = [nn.Parameter(as_line(local(w))) for w in self.weights]
+        self.average_lines = [as_line(local(a)) for a in self.averages] if self.sharded else self.averages
         self.optimizer = make_optimizer(optim, self.lines, capturable=graph)
         if accelerator is not None:
             self.optimizer = accelerator.prepare(self.optimizer)
         self.share = None if share is None else torch.full((), share, device=self.device)
-        # The first step whose gradient was not finite, kept on the device so that no step waits for it; -1 is none.
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.graph = _Graph(self) if graph else None
 
     def __call__(self, images: Tensor, ordinals: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -107,39 +111,52 @@ class TrainStep:
             with self.unet.noise_address(self.process.seed, ordinals):
                 prediction = self.model(noised.x_t, noised.t, return_dict=False)[0]
             losses, grad = self.process.loss_and_grad(prediction.detach(), noised, ordinals, images, grad_scale)
+            # 0, or NaN where a loss is not finite though its gradient is (a square that overflows): with the gradient
+            # it reaches every process, which then all skip this step.
+            grad.add_((losses.sum() * 0.0).to(grad.dtype))
             # The loss kernel has the gradient already: the backward pass starts at the prediction.
             torch.autograd.backward(prediction, grad)
         return losses
 
     def update(self, step: int) -> Tensor:
-        """Clip, optimiser and EMA with the accumulated gradient, which is dropped; returns its norm, float32 []."""
-        return self._update(learning_rate(self.optim, step, self.horizon), 1.0 - ema_decay(self.ema, step), step + 1)
+        """Clip, optimiser and EMA with the accumulated gradient, which is dropped; returns its norm, float32 [].
 
-    def _update(self, lr: float | Tensor, ema_weight: float | Tensor, number: int | Tensor) -> Tensor:
+        Where the norm is not finite, weights, moments and averages stay as they are.
+        """
+        return self._update(learning_rate(self.optim, step, self.horizon), 1.0 - ema_decay(self.ema, step))
+
+    def _update(self, lr: float | Tensor, ema_weight: float | Tensor) -> Tensor:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's own, inside accelerate's
         optimizer.param_groups[0]["lr"] = lr
         for line, weight in zip(self.lines, self.weights, strict=True):
-            line.grad, weight.grad = None if weight.grad is None else as_line(weight.grad, like=weight), None
+            grad, weight.grad = weight.grad, None
+            if grad is not None and self.sharded:
+                line.grad = as_line(local(grad), like=local(weight))
+            else:
+                line.grad = None if grad is None else as_line(grad, like=weight)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         grads = [line.grad for line in self.lines if line.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = total_norm(grads, sharded=self.sharded)
         if self.optim.clip_norm is not None:
             if self.scaler is None and optimizer.defaults["fused"]:
                 # The fused optimisers divide by this where they read the gradient: no pass of its own.
                 optimizer.grad_scale = 1.0 / clip_factor(norm, self.optim.clip_norm)
             else:
                 torch._foreach_mul_(grads, clip_factor(norm, self.optim.clip_norm))
-        applied = None
-        if self.scaler is None:
-            known = torch.isfinite(norm) | (self.first_bad_step >= 0)
-            self.first_bad_step.copy_(torch.where(known, self.first_bad_step, number))
+        # The norm is that of all processes, so all take the same decision. On a GPU the fused optimisers take it where
+        # the norm is (with a loss scale, by the scaler's own flag), so that nothing on the host waits for it.
+        applied = None if self.device.type == "cpu" else torch.isfinite(norm)
+        if applied is not None and self.scaler is None and optimizer.defaults["fused"]:
+            optimizer.found_inf = 1.0 - applied.float()
+            self.optimizer.step()
+        elif self.scaler is not None or bool(torch.isfinite(norm)):
+            self.optimizer.step()
         else:
-            # torch's fused Adam obeys the loss scale's verdict on the device, so that nothing on the host knows of it.
-            applied = torch.isfinite(norm)
-        self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm
         self.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.averages, self.weights, ema_weight, applied)
+        update_ema(self.average_lines, self.lines if self.sharded else self.weights, ema_weight, applied)
         return norm
 
 
@@ -163,13 +180,11 @@ class _Graph:
         self.captured: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream(step.device)
         self.lr, self.ema_weight = (torch.zeros((), device=step.device) for _ in range(2))
-        self.number = torch.zeros((), dtype=torch.int64, device=step.device)
 
     def __call__(self, images: Tensor, ordinals: Tensor, number: int) -> tuple[Tensor, Tensor]:
         step = self.step
         self.lr.fill_(learning_rate(step.optim, number, step.horizon))
         self.ema_weight.fill_(1.0 - ema_decay(step.ema, number))
-        self.number.fill_(number + 1)
         shapes = (images.shape, images.dtype, images.stride(), ordinals.shape)
         if shapes != self.shapes:
             self.shapes, self.captured, self.eager_steps = shapes, None, 0
@@ -191,4 +206,4 @@ class _Graph:
 
     def _run(self) -> tuple[Tensor, Tensor]:
         losses = self.step.accumulate(self.images, self.ordinals)
-        return losses, self.step._update(self.lr, self.ema_weight, self.number)
+        return losses, self.step._update(self.lr, self.ema_weight)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,27 +18,36 @@ from typing import Any, cast
 import torch
 from accelerate import DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from .checkpoint import Checkpoints, State, load_into, load_optimizer, optimizer_tensors
 from .compiling import compile_unet
-from .config import Config, Precision, differences, flatten, read_config, read_facts, to_dict
+from .config import RUNTIME_FIELDS, Config, Precision, differences, flatten, read_config, read_facts, to_dict
 from .data import Batch, ImageData, open_data, resolve_source
 from .diffusion import TrainingProcess
-from .errors import CheckpointError, ConfigError, DataError, NumericsError
+from .errors import CheckpointError, ConfigError, DataError, FastDDPMError, NumericsError
 from .files import expand, lock_folder, writable_folder, write_json
 from .generate import draw_images
-from .interrupt import StopRequest
+from .guard import Guard, Mailbox, StepNumbers
+from .interrupt import StopRequest, follow_launcher
 from .machine import DTYPES, flushed_denormals, make_accelerator, memory_bytes, settle_precision, versions
 from .optim import learning_rate
 from .pictures import grid, save_picture
 from .pipeline import write_pipeline
-from .runlog import Progress, RunLog
+from .preflight import check as check_before_training
+from .runlog import Progress, RunLog, write_status
 from .samplers import Sampler
 from .step import TrainStep
 from .unet import UNet
+from .watch import HangWatch
 
 # Below this fp16's loss scale has stopped protecting anything: gradients overflow at every scale.
 SMALLEST_SCALE = 2.0**-10
+# Share of the training sequence that data.bad_image=skip may replace, judged against one epoch at least.
+MAX_REPLACED = 0.001
+REPLACED_SHOWN = 10
+SHORTEST_EPOCH = 10_000  # of a stream of unknown length
 
 
 @dataclass(frozen=True)
@@ -52,20 +61,41 @@ class Outcome:
     """False if a signal stopped the run before its last step."""
 
 
+@dataclass(frozen=True)
+class _Done:
+    """One optimiser step of this process, its numbers still on the device."""
+
+    number: int
+    """Counted from 1."""
+    losses: list[Tensor]
+    """float32 [n] per micro-batch."""
+    norm: Tensor
+    batches: list[Batch]
+
+    @property
+    def replaced(self) -> list[str]:
+        """Messages about images in whose place another was taken."""
+        return [message for batch in self.batches for message in batch.replaced]
+
+
 class Trainer:
     """Trains one run folder; `Trainer(config).train()` starts it or goes on where it was.
 
     Args:
         config: the whole run; see `fastddpm.preset`.
+        allow_change: fields that may differ from those of the run's first start although the run is another with
+            them; "data" for images that have changed.
+        replay: a step, counted from 1: nothing is written, and the trainer stands before that step, for `replay`.
 
     Raises:
         ConfigError: a field, the device or the stored config of the run folder does not fit.
-        DataError: the data cannot be opened.
+        DataError: the data cannot be opened, or do not pass what is checked before any training.
         CheckpointError: there are checkpoints and none can be used.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, allow_change: Collection[str] = (), replay: int | None = None) -> None:
         config.check()
+        follow_launcher()
         precision, why = settle_precision(config.precision, lambda: _stored_precision(config))
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         self.accelerator = make_accelerator(
@@ -78,17 +108,22 @@ class Trainer:
         if why is not None:
             self.say(f"precision {precision}: {why}")
         config.micro_batch(acc.num_processes)
-        self.run = writable_folder(_run_folder(config), "run folder")
-        self._lock = lock_folder(self.run) if acc.is_main_process else None
-        self.config = resolve(config, self.run)
-        for name in ("checkpoints", "unet", "scheduler", "samples"):  # a refusal now, not at the first save
-            writable_folder(self.run / name, "run folder")
+        self.run, self._lock = _run_folder(config), None
+        if replay is None:
+            writable_folder(self.run, "run folder")
+            self._lock = lock_folder(self.run) if acc.is_main_process else None
+        self.config, self.changes = resolve(config, self.run, allow_change)
+        if replay is None:
+            for name in ("checkpoints", "unet", "scheduler", "samples"):  # a refusal now, not at the first save
+                writable_folder(self.run / name, "run folder")
         # On all ranks at once: datasets locks its cache, and a rank that waits for a file is not in a collective that
         # times out while another prepares a large set.
         model = self.config.model
         self.data: ImageData = open_data(self.config.data, model.image_size, model.in_channels)
         self.checkpoints = Checkpoints(self.run, self.config.keep)
-        self._check_data()
+        self._check_data("data" in allow_change)
+        if replay is None:
+            self._check_before_training()
         self.unet = UNet(self.config.model, seed=self.config.seed)
         self.unet.to(acc.device)
         self.ema_unet = copy.deepcopy(self.unet).eval()
@@ -114,18 +149,55 @@ class Trainer:
             accelerator=acc,
             graph=self.config.graph,
         )
-        self.log = RunLog(self.run)
+        self.log, self.events = RunLog(self.run), RunLog(self.run, "numerics.jsonl")
+        self._replayed = replay or 0
         self.step = 0
-        self._resume()
+        self.samples_seen = 0
+        self.replaced = 0
+        self.guard = Guard()
+        if replay is None:
+            self._resume()
+        else:
+            self._go_before(replay)
 
-    def _check_data(self) -> None:
-        """The order is a function of the number of images: a set that has grown since the first start is refused."""
+    def _check_data(self, allowed: bool) -> None:
+        """The order is a function of what there is to order: data that have changed since the first start are refused.
+
+        What the data came to then is in RUN/config.json; a start that saved nothing binds nothing.
+        """
         stored = read_facts(self.run) if self.checkpoints.all() else None
-        if stored is not None and stored.get("num_images") != self.data.num_images:
-            raise DataError(
-                f"{self.config.data.source} has {self.data.num_images} images and had {stored.get('num_images')} when "
-                f"{self.run} was started, so the order would be another: restore the data or choose another --run"
-            )
+        if stored is None or stored.get("data") == self._data_facts or allowed:
+            return
+        then = stored.get("data") or {}
+        numbers = f"has {self.data.num_images} images and had {then.get('num_images')}"
+        if self.data.num_images == then.get("num_images"):
+            numbers = "is not as it was (other files, rows or a filter that gives others)"
+        raise DataError(
+            f"{self.config.data.source} {numbers} when {self.run} was started, so the order would be another: restore "
+            "the data, choose another --run, or go on in the new order with --allow-change data"
+        )
+
+    @property
+    def _data_facts(self) -> dict[str, Any]:
+        return {"num_images": self.data.num_images, "identity": self.data.identity}
+
+    def _check_before_training(self) -> None:
+        """On rank 0; what it refuses ends all ranks alike."""
+        told: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                world = self.accelerator.num_processes
+                warnings = check_before_training(self.config, self.data, world, run_folder=self.run)
+            except FastDDPMError as error:
+                told = [error]
+            else:
+                told = [warnings]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(told)
+        if isinstance(told[0], FastDDPMError):
+            raise told[0]
+        for warning in told[0]:
+            self.say(f"warning: {warning}")
 
     def _resume(self) -> None:
         newest = self.checkpoints.newest()
@@ -136,9 +208,9 @@ class Trainer:
                 self.say(f"warning: not used: {newer}: {reason}")
             self._restore(self.checkpoints.load(path), path)
             self.say(f"going on at step {self.step} from {path}")
-        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
-        if len(set(steps)) > 1:  # also a barrier: everyone has read the stored config before it is replaced
-            raise CheckpointError(f"the processes found different checkpoints (steps {steps}): is {self.run} shared?")
+        self._check_steps()
+        for change in self.changes:
+            self.say(f"warning: from step {self.step} on this is another run: {change}")
         if self.config.steps > self._horizon and self.config.optim.decay != "constant":
             self.say(
                 f"warning: the learning rate is 0 from step {self._horizon} on, the horizon of the first start; a "
@@ -148,24 +220,44 @@ class Trainer:
             self.checkpoints.set_aside(refused)
             self.checkpoints.sweep()
             self.log.rewind(self.step)
-            facts = {"versions": versions(), "num_images": self.data.num_images, "config": to_dict(self.config)}
-            write_json(self.run / "config.json", facts)
+            self.events.rewind(self.step)
+            stored = read_facts(self.run) if newest is not None else None
+            changes = [*((stored or {}).get("changes") or []), *({"step": self.step, "change": c} for c in self.changes)]
+            facts = {"versions": versions(), "data": self._data_facts, "config": to_dict(self.config)}
+            write_json(self.run / "config.json", facts | ({"changes": changes} if changes else {}))
             if newest is not None:
                 self._export()  # a kill may have come between the checkpoint and the pipeline files
+            write_status(self.run, "running", self.step)
         self.accelerator.wait_for_everyone()
 
+    def _check_steps(self) -> None:
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:  # also a barrier: everyone has read the stored config before it is replaced
+            raise CheckpointError(f"the processes found different checkpoints (steps {steps}): is {self.run} shared?")
+
+    def _go_before(self, number: int) -> None:
+        """Stand where the run stood before step `number`: the last checkpoint up to there, and the steps since."""
+        if number < 1:
+            raise ConfigError(f"step {number}: steps are counted from 1")
+        for path in reversed(self.checkpoints.all()):
+            if int(path.name.removeprefix("step-")) >= number:
+                continue
+            if (reason := self.checkpoints.verify(path)) is None:
+                self._restore(self.checkpoints.load(path), path)
+                break
+            self.say(f"warning: not used: {path}: {reason}")
+        self._check_steps()
+        self.say(f"replaying steps {self.step + 1} to {number}")
+
     def _restore(self, state: State, path: Path) -> None:
-        if state.samples_seen != state.step * self.config.batch_size:
-            raise CheckpointError(
-                f"{path} stands at image {state.samples_seen} after {state.step} steps, which is not a multiple of the "
-                f"batch size {self.config.batch_size}"
-            )
         load_into(self.unet, state.model, str(path / "model.safetensors"))
         load_into(self.ema_unet, state.ema, str(path / "ema.safetensors"))
         load_optimizer(self.optimizer, self.names, self.weights, state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
-        self.step = state.step
+        self.step, self.samples_seen = state.step, state.samples_seen
+        self.guard = Guard.from_facts(state.facts.get("guard") or {})
+        self.replaced = int(state.facts.get("replaced_images") or 0)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -192,16 +284,28 @@ class Trainer:
         """Train up to config.steps, or until SIGINT or SIGTERM, after which everything is saved.
 
         Raises:
-            NumericsError: a loss or gradient is not finite; nothing of it is saved.
-            DataError: an image cannot be read or does not fit.
+            NumericsError: three steps in a row, or more than ten in a thousand, had to be skipped because a loss or
+                gradient was not finite; nothing of them is in the checkpoints.
+            DataError: an image cannot be read or does not fit, or too many had to be replaced.
             CheckpointError: a checkpoint cannot be written.
         """
         try:
             finished = self.step >= self.config.steps or self._loop()
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, FastDDPMError) else 1
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._write_status("failed", reason=reason, exit_code=code)
+            raise
         finally:
             if self._lock is not None:
                 self._lock.close()
+        self._write_status("done" if finished else "preempted")
         return Outcome(self.run, self.step, finished)
+
+    def _write_status(self, status: str, **facts: Any) -> None:
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # the disk may be what went wrong
+                write_status(self.run, status, self.step, **facts)
 
     def _loop(self) -> bool:
         """The steps that are left; False if a signal stopped them."""
@@ -219,91 +323,182 @@ class Trainer:
         )
         self.unet.train()
         stopped = False
+        mailbox = Mailbox(acc.device)
+        watch = HangWatch(config.hang_timeout, lambda message: self._write_status("failed", reason=message))
         try:
-            with StopRequest() as stop, flushed_denormals(), contextlib.closing(self._batches()) as batches:
+            with (
+                StopRequest(self.replaced) as stop,
+                flushed_denormals(),
+                contextlib.closing(self._batches(config.steps)) as batches,
+            ):
                 if self.data.warning is not None:
                     progress.say(f"warning: {self.data.warning}")
                 clock = _Clock()
                 while self.step < config.steps and not stopped:
-                    logged = (self.step + 1) % config.log_every == 0
-                    record = self._optimizer_step(batches, clock, logged)
+                    done = self._optimizer_step(batches, clock, watch)
                     self.step += 1
+                    self.samples_seen += config.batch_size
                     clock.images += config.batch_size
                     progress.step()
-                    if record is not None:
-                        record = clock.close_window(record)
-                        self._write_record(record, progress)
-                    stopped = stop.agreed()
+                    mailbox.put(done.number, done.norm, done.losses, done.batches)
+                    self._judge(mailbox.take(), progress)
+                    if self.step % config.log_every == 0:
+                        self._write_record(clock.close_window(self._record(done)), progress)
+                    watch.at(self.step, "agreeing whether to stop")
+                    self._tell_replaced(done.replaced, stop.total, progress)
+                    stopped = stop.agreed(len(done.replaced))
+                    self._count_replaced(stop.total)
                     last = self.step == config.steps or stopped
                     if last or self.step % config.save_every == 0:
+                        watch.at(self.step, "saving")
                         with clock.paused():
+                            self._judge(mailbox.take(everything=True), progress)
+                            stop.settle()
+                            self._count_replaced(stop.total)
                             self.save()
                     if config.sample_every and self.step % config.sample_every == 0:
+                        watch.at(self.step, "sampling")
                         with clock.paused():
                             self.draw_grid()
         finally:
+            watch.close()
             progress.close()
             if config.trackers:
                 acc.end_training()
         return self.step >= config.steps
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def replay(self) -> dict[str, Any]:
+        """Compute the step that `replay` of the constructor names, as the run did, and write nothing.
+
+        Returns:
+            step, samples_seen, loss, grad_norm and lr as in log.jsonl (bitwise on as many processes as the run had),
+            and positions, rows, t and losses of all images, in order of position.
+        """
+        number = self._replayed
+        self.unet.train()
+        clock, watch = _Clock(), HangWatch(0.0, lambda message: None)
+        with flushed_denormals(), contextlib.closing(self._batches(number)) as batches:
+            while self.step < number:
+                done = self._optimizer_step(batches, clock, watch)
+                self.step += 1
+                self.samples_seen += self.config.batch_size
+        mailbox = Mailbox(self.accelerator.device)
+        mailbox.put(done.number, done.norm, done.losses, done.batches)
+        (numbers,) = mailbox.take(everything=True)
+        return self._record(done) | self._images_of(numbers)
+
+    def _batches(self, last_step: int) -> Generator[Batch, None, None]:
         acc, config = self.accelerator, self.config
         return self.data.batches(
             config.seed,
             first_step=self.step,
-            last_step=config.steps,
+            last_step=last_step,
             batch_size=config.batch_size,
             rank=acc.process_index,
             world=acc.num_processes,
             accumulation=config.accumulation,
             workers=config.data.workers,
             device=acc.device,
+            offset=self.samples_seen - self.step * config.batch_size,
         )
 
-    def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", logged: bool) -> dict[str, Any] | None:
-        """One optimiser step over accumulation micro-batches; the log record if this step is logged."""
-        config, acc = self.config, self.accelerator
-        step, sums = self.train_step, []
+    def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", watch: HangWatch) -> _Done:
+        """One optimiser step over accumulation micro-batches; the host waits for nothing but data."""
+        config, step, number = self.config, self.train_step, self.step + 1
+        losses, used = [], []
         for micro in range(config.accumulation):
+            watch.at(number, "reading data")
             with clock.waiting():
                 batch = next(batches)
+            watch.at(number, "computing")
+            used.append(batch)
             if step.graph is not None:
-                losses, norm = step(batch.images, batch.ordinals, self.step)
+                loss, norm = step(batch.images, batch.ordinals, self.step)
             else:
-                losses = step.accumulate(batch.images, batch.ordinals, last=micro == config.accumulation - 1)
-            if logged:
-                sums.append(losses.sum())
+                loss = step.accumulate(batch.images, batch.ordinals, last=micro == config.accumulation - 1)
+            losses.append(loss)
         if step.graph is None:
             norm = step.update(self.step)
-        if not logged:
-            return None
-        # Only here does the host wait for the device, once.
-        loss = acc.reduce(torch.stack(sums).sum() * self._share, reduction="mean")
-        numbers = torch.stack((loss, norm, step.first_bad_step.float())).tolist()
-        self._check_numerics(numbers[0], first_bad_step=numbers[2])
-        return {
-            "step": self.step + 1,
-            "samples_seen": (self.step + 1) * config.batch_size,
-            "loss": numbers[0],
-            "grad_norm": numbers[1],
-            "lr": learning_rate(config.optim, self.step, self._horizon),
-        }
+        return _Done(number, losses, norm, [batch._replace(images=batch.images.new_empty(0)) for batch in used])
 
-    def _check_numerics(self, loss: float | None = None, first_bad_step: float | None = None) -> None:
-        bad = int(self.train_step.first_bad_step.item() if first_bad_step is None else first_bad_step)
-        if bad >= 0:
-            raise NumericsError(
-                f"the gradient of step {bad} is not finite; the run stops at step {self.step + 1} and its checkpoints "
-                "are from before: lower optim.lr, set optim.clip_norm, or look at the data"
-            )
+    def _record(self, done: _Done) -> dict[str, Any]:
+        """What log.jsonl says of a step. Called on all ranks; the host waits for the device."""
+        total = torch.stack([loss.sum() for loss in done.losses]).sum()
+        loss = self.accelerator.reduce(total * self._share, reduction="mean")
+        numbers = torch.stack((loss, done.norm)).tolist()
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
             raise NumericsError(
                 f"fp16's loss scale has fallen to {scaler.get_scale():g}: every gradient overflows; use bf16 or fp32"
             )
-        if scaler is None and loss is not None and not math.isfinite(loss):
-            raise NumericsError(f"the loss of step {self.step + 1} is {loss}: lower optim.lr or look at the data")
+        record = {"step": done.number, "samples_seen": self.samples_seen, "loss": numbers[0], "grad_norm": numbers[1]}
+        record["lr"] = learning_rate(self.config.optim, done.number - 1, self._horizon)
+        if self.guard.num_skipped:
+            record["skipped_steps"] = self.guard.num_skipped
+        if self.replaced:
+            record["replaced_images"] = self.replaced
+        return record
+
+    def _images_of(self, numbers: StepNumbers) -> dict[str, list[Any]]:
+        """positions, rows, t and losses of a step's images over all ranks, in order of position."""
+        gathered = []
+        for column in (numbers.positions, numbers.rows, numbers.losses):
+            gathered.append(self.accelerator.gather(column.to(self.accelerator.device)).cpu())
+        positions, rows, losses = gathered
+        order = positions.argsort()
+        positions = positions[order]
+        t = self.train_step.process.timesteps(positions)
+        columns = {"positions": positions, "rows": rows[order], "t": t, "losses": losses[order]}
+        return {name: column.tolist() for name, column in columns.items()}
+
+    def _judge(self, arrived: Iterable[StepNumbers], progress: Progress) -> None:
+        """Count and write down steps that were skipped, and spikes. Every rank sees the same norms, in step.
+
+        Raises:
+            NumericsError: too many steps were skipped.
+        """
+        for numbers in arrived:
+            if math.isfinite(numbers.norm):
+                usual = self.guard.spike(numbers.norm)
+                if usual is not None:
+                    self._note({"step": numbers.number, "event": "spike", "grad_norm": numbers.norm, "usual": usual})
+                    progress.say(f"step {numbers.number}: gradient norm {numbers.norm:.3g}, usually {usual:.3g}")
+                continue
+            images = self._images_of(numbers)
+            bad = [i for i, loss in enumerate(images["losses"]) if not math.isfinite(loss)]
+            if self.accelerator.scaler is not None and not bad:
+                continue  # how fp16's loss scale finds its size
+            self.guard.skip(numbers.number)
+            self._note({"step": numbers.number, "event": "skipped", "grad_norm": numbers.norm, **images})
+            named = ", ".join(self.data.name_row(images["rows"][i]) for i in bad[:5])
+            which = f"rows with such a loss: {named}{', ...' if len(bad) > 5 else ''}"
+            if not bad:
+                which = f"all losses finite, largest in {self.data.name_row(_row_of_largest(images))}"
+            progress.say(f"warning: step {numbers.number} is skipped, its gradient is not finite ({which})")
+            self.guard.check(numbers.number, which)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.events.write(event)
+
+    def _tell_replaced(self, messages: list[str], told: int, progress: Progress) -> None:
+        """The first few, on the rank that met them."""
+        for message in messages[: max(0, REPLACED_SHOWN - told)]:
+            line = f"warning: another image is taken in its place: {message}"
+            if progress.enabled:
+                progress.say(line)
+            else:
+                print(f"rank {self.accelerator.process_index}: {line}", file=sys.stderr, flush=True)
+
+    def _count_replaced(self, total: int) -> None:
+        """Raise a DataError, on all ranks at the same step, where too many images had to be replaced."""
+        self.replaced = total
+        seen = max(self.samples_seen, self.data.num_images or SHORTEST_EPOCH)
+        if total > MAX_REPLACED * seen:
+            raise DataError(
+                f"{self.config.data.source}: {total} of {seen:,} images could not be used, more than "
+                f"{MAX_REPLACED:.1%}: mend or remove them (data.bad_image=error names the next one)"
+            )
 
     def _write_record(self, record: dict[str, Any], progress: Progress) -> None:
         record["memory_bytes"] = memory_bytes(self.accelerator.device)
@@ -315,7 +510,6 @@ class Trainer:
 
     def save(self) -> None:
         """Commit a checkpoint, then replace the pipeline files with the current averages. Called on all ranks."""
-        self._check_numerics()
         norms = torch._foreach_norm([*self.averages, *self.weights])
         if not torch.stack(norms).isfinite().all():
             raise NumericsError(f"the weights of step {self.step} are not finite; they are not saved: lower optim.lr")
@@ -323,11 +517,12 @@ class Trainer:
             scaler = self.accelerator.scaler
             state = State(
                 step=self.step,
-                samples_seen=self.step * self.config.batch_size,
+                samples_seen=self.samples_seen,
                 model=self.unet.state_dict(),
                 ema=self.ema_unet.state_dict(),
                 optimizer=optimizer_tensors(self.optimizer, self.names, self.weights),
                 scaler=scaler.state_dict() if scaler is not None else {},
+                facts={"guard": self.guard.to_facts(), "replaced_images": self.replaced},
             )
             self.checkpoints.save(state)
             self._export()
@@ -413,12 +608,27 @@ def _trackers(names: tuple[str, ...]) -> list[str] | None:
     return list(names) or None
 
 
-def resolve(config: Config, run: Path) -> Config:
+def _row_of_largest(images: dict[str, list[Any]]) -> int:
+    losses: list[float] = images["losses"]
+    row: int = images["rows"][losses.index(max(losses))]
+    return row
+
+
+def resolve(config: Config, run: Path, allow_change: Collection[str] = ()) -> tuple[Config, list[str]]:
     """Fill what depends on the machine or on the run folder: absolute source, and the horizon of the first start.
 
+    Returns:
+        The config, and the allowed changes against the stored one, as "name: stored -> wanted".
+
     Raises:
-        ConfigError: if the folder holds a run of another config (lists every field that differs).
+        ConfigError: if the folder holds a run of another config (lists every field that differs and is not allowed
+            to), or a name in allow_change is none of a field.
     """
+    fields = flatten(to_dict(config)).keys() | {"data"}
+    for name in allow_change:
+        if name not in fields or name in RUNTIME_FIELDS:
+            why = "may always change" if name in RUNTIME_FIELDS else "is not a field of the config"
+            raise ConfigError(f"allow-change {name}: it {why}")
     stored = read_config(run) if Checkpoints(run).all() else None  # a start that saved nothing binds nothing
     horizon = config.optim.horizon or (stored.optim.horizon if stored else None) or config.steps
     config = dataclasses.replace(
@@ -427,11 +637,17 @@ def resolve(config: Config, run: Path) -> Config:
         data=dataclasses.replace(config.data, source=resolve_source(config.data.source)),
         optim=dataclasses.replace(config.optim, horizon=horizon),
     )
-    if stored is not None and (changed := differences(stored, config)):
+    changed = differences(stored, config) if stored is not None else []
+    refused = [change for change in changed if change.partition(":")[0] not in allow_change]
+    if stored is not None and refused:
         if stored.preset != config.preset:
             raise ConfigError(
                 f"{run} was started with --preset {stored.preset}, not {config.preset}: give the options of its first "
                 "start again, or choose another --run"
             )
-        raise ConfigError(f"{run} is a run of another config ({'; '.join(changed)}): use these values or another --run")
-    return config
+        names = " ".join(change.partition(":")[0] for change in refused)
+        raise ConfigError(
+            f"{run} is a run of another config ({'; '.join(refused)}): use these values or another --run, or go on "
+            f"as another run from here with --allow-change {names}"
+        )
+    return config, changed

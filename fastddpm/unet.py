@@ -500,7 +500,10 @@ class UNet(nn.Module):
         """What each residual block gets of the embedding, in the order of their use."""
         stages = [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]
         resnets = [resnet for stage in stages for resnet in blocks.resnets_of(stage)]
-        return blocks.project_embedding(nn.functional.silu(embedding), resnets, self.shared)
+        activated = nn.functional.silu(embedding)
+        if self.shared.sharded:
+            return (activated,) * len(resnets)  # each projects it itself: its weights are there only while it runs
+        return blocks.project_embedding(activated, resnets, self.shared)
 
     def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
         """[N, time_channels]: the embedding of the timestep, plus that of the class."""

@@ -60,6 +60,7 @@ class Configuration:
     channels_last: bool = True
     shape: tuple[int, int, int, int] = EVEN
     portable: bool = False
+    num_groups: int | None = None  # of a norm; None: as its example has it
 
 
 CONFIGURATIONS = (
@@ -109,10 +110,25 @@ NORMS = (
     ("512+256@8x8, bias, residual", "add-residual-skip", (2, 512, 8, 8), False),
     ("512@16x16, FiLM, dropout", "film-dropout", (2, 512, 16, 16), True),
     ("18@7x9, FiLM, dropout", "film-dropout", (2, 18, 7, 9), False),
+    ("192@4x4, temb, dropout", "temb-dropout", (2, 192, 4, 4), False),
+    ("128@32x32, FiLM, dropout", "film-dropout", (2, 128, 32, 32), False),
+)
+# Where registers are scarcest, in other dtypes: 16 warps that leave 128 each, groups that are no powers of two in tiles
+# of one warp, and one group, whose splits are merged by as many warps as there are. None: the groups of the example.
+SCARCE: tuple[tuple[str, str, tuple[int, int, int, int], torch.dtype, int | None], ...] = (
+    ("512@32x32, FiLM, dropout, fp32", "film-dropout", (2, 512, 32, 32), torch.float32, None),
+    ("512@32x32, FiLM, dropout, fp16", "film-dropout", (2, 512, 32, 32), torch.float16, None),
+    ("96@4x4, FiLM, dropout, fp32", "film-dropout", (2, 96, 4, 4), torch.float32, None),
+    ("1024@64x64, temb, one group", "temb-dropout", (2, 1024, 64, 64), torch.bfloat16, 1),
 )
 CONFIGURATIONS += tuple(
     Configuration(f"norm {what}, {direction}", op, variant, shape=shape, portable=portable)
     for what, variant, shape, portable in NORMS
+    for direction, op in (("forward", "group_norm_silu"), ("backward", "group_norm_silu_backward"))
+)
+CONFIGURATIONS += tuple(
+    Configuration(f"norm {what}, {direction}", op, variant, dtype, shape=shape, num_groups=num_groups)
+    for what, variant, shape, dtype, num_groups in SCARCE
     for direction, op in (("forward", "group_norm_silu"), ("backward", "group_norm_silu_backward"))
 )
 
@@ -137,11 +153,15 @@ def record(configuration: Configuration, target: GPUTarget) -> list[Launch]:
 
     op = OPS[configuration.op]
     case = Case(configuration.shape, configuration.dtype, configuration.channels_last, variant=configuration.variant)
+    kwargs = op.example(case)
+    if configuration.num_groups is not None:
+        kwargs["num_groups"] = configuration.num_groups
+        kwargs |= {name: kwargs[name][:, : configuration.num_groups] for name in ("mean", "rstd") if name in kwargs}
     kept = triton.JITFunction.run, launch.is_fast, launch.WARP
     triton.JITFunction.run, launch.WARP = run, target.warp_size
     launch.is_fast = lambda device: target.backend == "cuda"
     try:
-        op.triton(**op.example(case))
+        op.triton(**kwargs)
     finally:
         triton.JITFunction.run, launch.is_fast, launch.WARP = kept
     return launches
@@ -156,7 +176,9 @@ def compile_launch(recorded: Launch, target: GPUTarget) -> Any:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                assert value.data_ptr() % 16 == 0, f"{parameter.name} would be specialised on its alignment"
+                attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             assert parameter.do_not_specialize, f"{parameter.name} would be specialised on its value"
             assert -(2**31) <= value < 2**31, f"{parameter.name} does not fit 32 bits"
@@ -209,6 +231,14 @@ def executed(instructions: list[tuple[int, str]], trips: int) -> int:
         if match:
             branches[i] = index[int(match[3], 16)], bool(match[1] or match[2])
     back_edges = [(i, target) for i, (target, _) in branches.items() if target < i]
+    if not back_edges:  # one step per instruction, where following every way takes 2^branches
+        ways = [0] * len(instructions) + [-len(instructions)]
+        for i in reversed(range(len(instructions))):
+            target, conditional = branches.get(i, (i + 1, False))
+            ends = re.match(r"EXIT\b", instructions[i][1]) or target == i
+            ways[i] = 1 if ends else 1 + max(ways[target], ways[i + 1] if conditional else ways[target])
+        assert ways[0] > 0, "no path to an exit was found: a branch that this walk does not know"
+        return ways[0]
     longest = 0
     stack: list[tuple[int, int, dict[int, int]]] = [(0, 0, {})]
     while stack:

@@ -67,6 +67,26 @@ def write_splits(folder: Path) -> Path:
     return folder
 
 
+def shard_examples(shards: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """Rows first .. last - 1 of each shard."""
+    for first, last in shards:
+        for row in range(first, last):
+            yield {"img": {"bytes": png(picture(row)), "path": f"{row}.png"}, "label": row % 2}
+
+
+def shards_of(counts: tuple[int, ...]) -> datasets.IterableDataset:
+    """A stream of shards of so many rows, about which nothing is known beforehand."""
+    ends = np.cumsum(counts).tolist()
+    shards = [(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.IterableDataset.from_generator(shard_examples, features=features, gen_kwargs={"shards": shards})
+
+
+def regroup(path: Path, rows: int) -> None:
+    """Write a parquet file again in row groups of so many rows."""
+    pq.write_table(pq.read_table(path), path, row_group_size=rows)
+
+
 def write_folder(folder: Path, names: list[str]) -> Path:
     for row, name in enumerate(names):
         path = folder / name

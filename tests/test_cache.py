@@ -385,6 +385,38 @@ def test_what_the_images_depend_on_makes_another_store(parquet: str, stores: Pat
     assert {(d["split"], d["fit"], tuple(d["shape"])) for d in described} >= {("train[:40]", "exact", (40, 8, 8, 1))}
 
 
+def test_stores_that_nobody_has_opened_for_long_make_room_for_new_ones(data: ImageData, stores: Path) -> None:
+    def make(letter: str, days: float) -> Path:
+        path = stores / f"{letter * 32}.bin"
+        DecodedStore(path, SHAPE, 1).write(ROWS, PIXELS, ROWS % 2)
+        path.with_suffix(".json").write_text("{}")
+        return age(path, days)
+
+    def age(path: Path, days: float) -> Path:
+        os.utime(path, (time.time() - days * 86400,) * 2)
+        return path
+
+    stores.mkdir(parents=True)
+    old, recent, open_now, opened_again = make("a", 31), make("b", 29), make("c", 31), make("d", 31)
+    foreign = stores / "notes.bin"
+    foreign.touch()
+    age(foreign, 31)
+    store = DecodedStore(open_now, SHAPE, 1)
+    age(open_now, 31)
+    DecodedStore(opened_again, SHAPE, 1)
+    sequence(data, 0, 1)
+    assert not old.exists() and not old.with_suffix(".json").exists()
+    assert all(path.exists() for path in (recent, open_now, opened_again, foreign, recent.with_suffix(".json")))
+    assert_whole(store)
+    del store
+    sequence(data, 0, 1)  # makes no store
+    assert open_now.exists()
+    (mine,) = set(stores.glob("*.bin")) - {recent, open_now, opened_again, foreign}
+    mine.unlink()
+    sequence(data, 0, 1)
+    assert mine.exists() and not open_now.exists()
+
+
 def test_a_changed_image_is_seen(tmp_path: Path, stores: Path) -> None:
     folder = write_folder(tmp_path / "images", [f"{row}.png" for row in range(4)])
 

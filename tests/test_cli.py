@@ -1,5 +1,7 @@
 """The command line as a contract: options, exit codes, one-line errors, the files it writes."""
 
+import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fastddpm_kernels
 from fastddpm.cli import main
+from fastddpm.config import Config, preset
+from fastddpm.diffusion import TrainingProcess
+from fastddpm.dryrun import step_bytes
+from fastddpm.step import TrainStep
+from fastddpm.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -124,6 +132,76 @@ def test_dry_run_says_what_a_config_amounts_to_and_touches_nothing(tmp_path, cap
     assert "35,746,307" in out and "12.4" in out and "GFLOP" in out and "GiB" in out
     assert json.loads(out[: out.index("\n}") + 2])["optim"]["lr"] == 2e-4
     assert not folder.exists()
+
+
+def _measured_bytes(config: Config, images: int, dtype: torch.dtype, impl: str | None) -> int:
+    """The peak of a CPU step by torch's own allocator: its second step's, and what was there before."""
+    net = UNet(config.model).train()
+    net.shared.impl = impl
+    process = TrainingProcess(config.diffusion.noise_schedule(), flip=config.data.flip)
+    step = TrainStep(net, copy.deepcopy(net).eval(), process, config.optim, config.ema, dtype=dtype)
+    shape = images, config.model.in_channels, *config.model.image_size
+    x_0 = torch.zeros(shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    step(x_0, torch.arange(images), 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(x_0, torch.arange(images), 1)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = sum(w.numel() for w in step.weights) * 16 + x_0.numel()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+SMALL = UNetConfig(
+    sample_size=32,
+    block_out_channels=(32, 64),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=8,
+    dropout=0.2,
+)
+
+
+@pytest.mark.parametrize("impl", [None, "native"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("model", "dtype"), [(None, torch.float32), (SMALL, torch.float32), (SMALL, torch.bfloat16)])
+def test_the_estimate_of_memory_is_within_a_tenth_of_what_a_step_takes(model, dtype, recompute, impl):
+    if impl is not None and fastddpm_kernels.native_available():
+        pytest.skip("no C++ compiler")
+    config = preset("digits")
+    model = dataclasses.replace(model or config.model, checkpoint_activations=recompute)
+    config = dataclasses.replace(config, model=model)
+    measured = _measured_bytes(config, 16, dtype, impl)
+    estimate = step_bytes(config, 16, dtype, fused=impl is not None)
+    state = sum(p.numel() for p in UNet(model).parameters()) * 16
+    assert estimate == pytest.approx(measured, rel=0.1)
+    assert estimate - state == pytest.approx(measured - state, rel=0.1)
+
+
+def test_several_processes_and_micro_batches_hold_the_gradient():
+    config = dataclasses.replace(preset("digits"), model=SMALL)
+    weights = sum(p.numel() for p in UNet(SMALL).parameters()) * 4
+    one = step_bytes(config, 4, torch.float32, fused=True)
+    for more in (
+        step_bytes(config, 4, torch.float32, fused=True, world=2),
+        step_bytes(dataclasses.replace(config, accumulation=2), 4, torch.float32, fused=True),
+    ):
+        assert one + 0.5 * weights < more < one + 1.1 * weights
+
+
+def test_the_estimate_names_device_and_precision(capsys, monkeypatch):
+    def lines(*options: str) -> list[str]:
+        assert main(["train", "--preset", "digits", "--dry-run", *options]) == 0
+        return [line.split(":")[0].split(" per process ")[1] for line in capsys.readouterr().out.splitlines()[-2:]
+                if line.startswith("memory ")]  # fmt: skip
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("fastddpm.machine.product_rate", lambda dtype: 1e12 if dtype == torch.float32 else 1e11)
+    assert lines("--precision", "auto") == ["on a CPU in fp32", "on a GPU in bf16"]
+    assert lines("--precision", "bf16") == ["on a CPU in bf16", "on a GPU in bf16"]
+    assert lines("--precision", "fp16") == ["on a GPU in fp16"]
 
 
 @pytest.mark.parametrize("command", ["train", "sample"])

@@ -1,5 +1,6 @@
 """Data: the global sequence for any number of processes and workers, resuming, loader processes, broken images."""
 
+import glob
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,15 +26,21 @@ from made_data import (
     picture,
     png,
     private_cache,
+    shards_of,
     write_folder,
     write_splits,
 )
 
 from fastddpm.data import Batch, DataConfig, ImageData, open_data
 from fastddpm.errors import ConfigError, DataError
-from fastddpm.loader import Decoder, MapReader, Share, ShuffledStream, StreamReader
+from fastddpm.loader import Share
 from fastddpm.order import BatchPlan, rows_at
 from fastddpm.sources import SOURCES
+
+GOLDEN_STREAMED = [2, 12, 25, 37, 0, 13, 24, 38, 1, 14, 26, 36, 34, 47, 0, 12, 46, 24, 39, 1, 12, 26]
+GOLDEN_FILTERED = [18, 26, 40, 2, 14, 28, 38, 4, 24, 36, 44, 8, 0, 12, 48, 26]
+GOLDEN_SHARDED = [(0, 2), (5, 0), (2, 1), (3, 1), (0, 0), (5, 1), (4, 5), (5, 0), (2, 0)]
+GOLDEN_MIXED = [26, 15, 2, 69, 60, 42, 45, 32, 40, 22, 68, 10, 43, 54, 37, 5]
 
 CIFAR10 = os.environ.get("FASTDDPM_CIFAR10")
 
@@ -48,13 +56,43 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_splits(tmp_path_factory.mktemp("parquet [1]"))
 
 
+SHARDS = (5, 0, 9, 3, 8, 4, 7)
+KINDS: dict[str, dict[str, Any]] = {
+    "map": {},
+    "streamed": {"streaming": True, "lanes": 4},
+    "sharded": {"source": "shards:x", "streaming": True, "lanes": 4},
+    "map, filtered": {"filter": "label == 'a'"},
+    "streamed, filtered": {"streaming": True, "lanes": 4, "filter": "label == 'a'"},
+    "map, mixed": {"mix": ("{parquet}/train-00001*",), "weights": (3.0, 1.0)},
+    "streamed, mixed": {"mix": ("shards:x",), "weights": (3.0, 1.0), "streaming": True, "lanes": 4},
+    "streamed, one after the other": {"mix": ("{parquet}/train-00001*",), "streaming": True, "lanes": 6},
+}
+
+
+def of_kind(parquet: Path, kind: str, **more: Any) -> ImageData:
+    fields: dict[str, Any] = {"source": f"parquet:{parquet}", "shuffle_buffer": 12, "cache_gb": 0} | KINDS[kind] | more
+    # In names of files that are patterns, brackets have to be escaped.
+    escaped = f"parquet:{glob.escape(str(parquet))}"
+    fields["mix"] = tuple(source.format(parquet=escaped) for source in fields.get("mix", ()))
+    return open_data(DataConfig(**fields), (8, 8), 3)
+
+
 @pytest.fixture(scope="module", params=["map", "streamed"])
 def data(request: pytest.FixtureRequest, parquet: Path) -> ImageData:
     # Without the cache of decoded images, which ends the loader processes' work: that is test_cache.py's.
-    config = DataConfig(
-        source=f"parquet:{parquet}", streaming=request.param == "streamed", shuffle_buffer=12, cache_gb=0
-    )
-    return open_data(config, (8, 8), 3)
+    return of_kind(parquet, request.param)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_data(request: pytest.FixtureRequest, parquet: Path) -> ImageData:
+    return of_kind(parquet, request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SOURCES, "shards", lambda location, config: shards_of(SHARDS))
+        yield
 
 
 def sequence(data: ImageData, first: int, last: int, world: int = 1, accumulation: int = 1, workers: int = 0) -> list:
@@ -63,10 +101,16 @@ def sequence(data: ImageData, first: int, last: int, world: int = 1, accumulatio
     assert {len(batches) for batches in ranks} == {(last - first) * accumulation}
     found = []
     for micro_batches in zip(*ranks, strict=True):
+        columns = []
         for batch in micro_batches:
             assert batch.labels is not None and len(batch.images) == 8 // (world * accumulation)
-            columns = (batch.ordinals.tolist(), batch.rows.tolist(), batch.labels.tolist(), image_bytes(batch))
-            found += zip(*columns, strict=True)
+            columns.append(
+                zip(
+                    batch.ordinals.tolist(), batch.rows.tolist(), batch.labels.tolist(), image_bytes(batch), strict=True
+                )
+            )
+        # The ranks take turns: position p of a global micro-batch is rank p mod world's.
+        found += [example for examples in zip(*columns, strict=True) for example in examples]
     return found
 
 
@@ -77,37 +121,60 @@ def test_batch_layout(data: ImageData) -> None:
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.labels is not None and {t.dtype for t in (batch.labels, batch.ordinals, batch.rows)} == {torch.int64}
     assert (data.num_classes, data.class_names) == (2, ["a", "b"])
-    assert data.num_images == (None if data.config.streaming else NUM_ROWS)
+    assert data.num_images == NUM_ROWS and batch.replaced == ()
 
 
-def test_same_sequence_for_any_processes_accumulation_and_workers(data: ImageData) -> None:
+def test_same_sequence_for_any_processes_accumulation_and_workers(any_data: ImageData) -> None:
     steps = 9  # 72 positions, so that a batch straddles two epochs
-    reference = sequence(data, 0, steps)
+    reference = sequence(any_data, 0, steps)
     assert [ordinal for ordinal, *_ in reference] == list(range(8 * steps))
-    for world in (1, 2, 4):
-        for accumulation in (1, 2):
-            for workers in (0, 2):
-                assert sequence(data, 0, steps, world, accumulation, workers) == reference
+    for world, accumulation in ((1, 2), (2, 1), (2, 4), (4, 1), (4, 2), (8, 1)):
+        assert sequence(any_data, 0, steps, world, accumulation) == reference
+    for world, accumulation, workers in ((1, 1, 2), (1, 2, 3), (2, 1, 3), (4, 1, 1)):
+        assert sequence(any_data, 0, steps, world, accumulation, workers) == reference
+
+
+def file_row(row: int) -> int:
+    """The row in the sequence of all files of what a streamed batch calls row group << 32 | row: they have one each."""
+    return int(np.cumsum((0, *SHARD_ROWS))[row >> 32]) + (row & 0xFFFFFFFF)
 
 
 def test_rows_hold_their_own_pixels_and_labels_and_epochs_every_row(data: ImageData) -> None:
+    streaming = data.config.streaming
+    epoch_rows = 48 if streaming else NUM_ROWS  # 4 lanes of 12
+    assert data.dropped_per_epoch == NUM_ROWS - epoch_rows
     found = sequence(data, 0, 25)
-    starts = np.cumsum((0, *SHARD_ROWS))
-    file_rows = [starts[row >> 32] + (row & 0xFFFFFFFF) for _, row, _, _ in found]
-    for file_row, (_, _, label, pixels) in zip(file_rows, found, strict=True):
-        assert label == file_row % 2 and pixels == picture(file_row).tobytes()
-    epochs = [file_rows[start : start + NUM_ROWS] for start in range(0, 200, NUM_ROWS)]
-    assert all(sorted(epoch) == list(range(NUM_ROWS)) for epoch in epochs)
+    rows = [file_row(row) for _, row, _, _ in found]
+    for row, (_, _, label, pixels) in zip(rows, found, strict=True):
+        assert label == row % 2 and pixels == picture(row).tobytes()
+    epochs = [rows[start : start + epoch_rows] for start in range(0, 4 * epoch_rows, epoch_rows)]
+    assert all(len(set(epoch)) == epoch_rows and set(epoch) <= set(range(NUM_ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    if not data.config.streaming:
-        assert [row for _, row, _, _ in found] == rows_at(np.arange(200), NUM_ROWS, seed=7).tolist()
+    known = data.rows_at(np.arange(200), seed=7)
+    assert known is not None and [row for _, row, _, _ in found] == known.tolist()
+    if not streaming:
+        assert rows == rows_at(np.arange(200), NUM_ROWS, seed=7).tolist()
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 7, 20])
-def test_resuming_gives_what_the_uninterrupted_run_reads(data: ImageData, step: int) -> None:
-    whole = sequence(data, 0, step + 3)
-    assert sequence(data, step, step + 3) == whole[8 * step :]
-    assert sequence(data, step, step + 3, world=2, workers=2) == whole[8 * step :]
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 20])  # 6: the last of an epoch of 48 or, straddling, of 50
+def test_resuming_gives_what_the_uninterrupted_run_reads(any_data: ImageData, step: int) -> None:
+    whole = sequence(any_data, 0, step + 3)
+    assert sequence(any_data, step, step + 3) == whole[8 * step :]
+    if step in (5, 20):
+        assert sequence(any_data, step, step + 3, world=2, workers=2) == whole[8 * step :]
+
+
+def test_a_batch_size_may_change_in_mid_run(any_data: ImageData) -> None:
+    whole = sequence(any_data, 0, 9)
+    rest = []
+    for batches in zip(
+        *(any_data.batches(7, 5, 7, 16, rank, 2, workers=0, offset=-40) for rank in (0, 1)), strict=True
+    ):
+        rest += [p for pair in zip(*(batch.ordinals.tolist() for batch in batches), strict=True) for p in pair]
+    rows = [row for batch in any_data.batches(7, 5, 7, 16, workers=0, offset=-40) for row in batch.rows.tolist()]
+    assert rest == list(range(40, 72)) and rows == [row for _, row, _, _ in whole[40:]]
+    message = one_line(lambda: any_data.batches(7, 5, 7, 16, workers=0, offset=-81), ConfigError)
+    assert "before the start" in message
 
 
 def test_seeds_give_other_orders(data: ImageData) -> None:
@@ -115,20 +182,26 @@ def test_seeds_give_other_orders(data: ImageData) -> None:
     assert first != second
 
 
-@pytest.mark.parametrize("buffer", [1, 49, 50, 51, 5000])
-def test_a_stream_is_whole_for_any_buffer(parquet: Path, buffer: int) -> None:
-    data = open_data(DataConfig(source=f"parquet:{parquet}", streaming=True, shuffle_buffer=buffer), (8, 8), 3)
+@pytest.mark.parametrize("lanes", [1, 3, 50, 70])
+@pytest.mark.parametrize("buffer", [1, 49, 5000])
+def test_a_stream_is_whole_for_any_buffer_and_lanes(parquet: Path, buffer: int, lanes: int) -> None:
+    data = of_kind(parquet, "streamed", shuffle_buffer=buffer, lanes=lanes)
+    epoch = NUM_ROWS - (data.dropped_per_epoch or 0)
+    assert data.num_lanes == min(lanes, NUM_ROWS) and epoch == NUM_ROWS // data.num_lanes * data.num_lanes
     rows = [row for _, row, _, _ in sequence(data, 0, 25)]
-    assert all(len(set(rows[start : start + NUM_ROWS])) == NUM_ROWS for start in range(0, 200, NUM_ROWS))
+    assert all(len(set(rows[start : start + epoch])) == epoch for start in range(0, 200 - epoch, epoch))
 
 
 def test_streamed_order_is_frozen(parquet: Path) -> None:
     """Golden values: a change would break the resuming of streamed runs."""
-    data = open_data(DataConfig(source=f"parquet:{parquet}", streaming=True, shuffle_buffer=12), (8, 8), 3)
-    rows = [divmod(row, 2**32) for _, row, _, _ in sequence(data, 0, 13)]
-    assert rows[:10] == [(1, 8), (1, 6), (1, 11), (1, 0), (1, 15), (1, 9), (1, 3), (1, 18), (1, 12), (1, 5)]
-    assert rows[50:56] == [(1, 1), (1, 9), (1, 5), (1, 2), (1, 11), (1, 8)]
-    assert rows[96:100] == [(2, 10), (2, 1), (0, 12), (2, 6)]
+    rows = [file_row(row) for _, row, _, _ in sequence(of_kind(parquet, "streamed"), 0, 13)]
+    assert rows[:12] + rows[46:52] + rows[96:100] == GOLDEN_STREAMED
+    rows = [file_row(row) for _, row, _, _ in sequence(of_kind(parquet, "streamed, filtered"), 0, 4)]
+    assert rows[:8] + rows[20:28] == GOLDEN_FILTERED
+    rows = [row for _, row, _, _ in sequence(of_kind(parquet, "sharded"), 0, 13)]
+    assert [(row >> 32, row & 0xFFFFFFFF) for row in rows[:6] + rows[96:99]] == GOLDEN_SHARDED
+    rows = [row for _, row, _, _ in sequence(of_kind(parquet, "map, mixed"), 0, 2)]
+    assert rows == GOLDEN_MIXED
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -187,13 +260,11 @@ for source in ({str(tmp_path)!r}, "nobody/nothing"):
 
 
 def test_readers_pickle_for_spawned_workers(data: ImageData) -> None:
-    source, share = data._source, Share(BatchPlan(8), 0, 7, 0, 3)
-    decoder = Decoder(data.config.source, source.image_column, source.label_column, (8, 8), 3, "exact")
-    if data.num_images is None:
-        stream = pickle.loads(pickle.dumps(StreamReader(ShuffledStream(source.dataset, decoder, 12), decoder, share)))
-        batch = next(iter(stream))
+    share = Share(BatchPlan(8), 0, 7, 0, 3)
+    if data.config.streaming:
+        batch = next(iter(pickle.loads(pickle.dumps(data._stream_reader(share, skip=False)))))
     else:
-        batch = pickle.loads(pickle.dumps(MapReader(source.dataset, decoder, share, data.num_images)))[0, 0]
+        batch = pickle.loads(pickle.dumps(data._map_reader(share)))[0, 0]
     assert isinstance(batch, Batch)
     assert batch.rows.tolist() == [row for _, row, _, _ in sequence(data, 0, 1)]
 
@@ -216,7 +287,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, streaming: boo
             read.extend(batch.rows.tolist())
 
     message = one_line(read_all)
-    row = "row 7 of shard 0" if streaming else "row 7"
+    row = "row 7 of shard 0 of split train" if streaming else "row 7 of split train"
     assert f"image {tmp_path}/07.png ({row} of folder:{tmp_path}) cannot be decoded: it is not an image" in message
     # The batches before it arrive, and it is named when its own is due.
     (tmp_path / "07.png").write_bytes(png(picture(7)))
@@ -228,10 +299,10 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, streaming: boo
 def test_rows_of_a_table_are_named(tmp_path: Path, streaming: bool) -> None:
     images = [{"bytes": png(picture(row)), "path": None} for row in range(4)]
     for bad, words in (
-        (None, "row 2{shard} of {source} is missing"),
-        ({"bytes": b"junk", "path": None}, "the image of row 2{shard} of {source} cannot be decoded"),
+        (None, "the image of row 2{where} is missing"),
+        ({"bytes": b"junk", "path": None}, "the image of row 2{where} cannot be decoded"),
         ({"bytes": png(picture(0, 5, 9)), "path": None}, "is 9x5 pixels (width x height), the model takes 8x8"),
-        ({"bytes": None, "path": "/absent/1.png"}, "image /absent/1.png (row 2{shard} of {source}) cannot be read"),
+        ({"bytes": None, "path": "/absent/1.png"}, "image /absent/1.png (row 2{where}) cannot be read"),
         ({"bytes": png(np.dstack([picture(0), picture(1)[..., 0]])), "path": None}, "is partly transparent"),
     ):
         path = tmp_path / "rows.parquet"
@@ -240,7 +311,8 @@ def test_rows_of_a_table_are_named(tmp_path: Path, streaming: bool) -> None:
         config = DataConfig(source=f"parquet:{path}", image_column="picture", streaming=streaming)
         data = open_data(config, (8, 8), 3)
         message = one_line(lambda data=data: list(data.batches(0, 0, 1, 4, workers=0)))
-        assert words.format(shard=" of shard 0" if streaming else "", source=f"parquet:{path}") in message
+        where = f" of row group 0 of {path}, split train" if streaming else " of split train"
+        assert words.format(where=f"{where} of parquet:{path}") in message
 
 
 def test_an_empty_stream_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,12 +344,12 @@ def test_cifar10(streaming: bool) -> None:
     config = DataConfig(source=f"parquet:{CIFAR10}", streaming=streaming)
     data = open_data(config, (32, 32), 3)
     assert data.num_classes == 10 and data.class_names is not None and data.class_names[0] == "airplane"
-    assert data.num_images == (None if streaming else 50_000)
+    assert data.num_images == 50_000 and data.num_lanes == (64 if streaming else 1)
     batches = [list(data.batches(0, 390, 392, 128, rank, 2, workers=1)) for rank in range(2)]  # straddles the epoch
     whole = list(data.batches(0, 390, 392, 128, workers=0))
     for step in range(2):
         for field in ("images", "labels", "ordinals", "rows"):
-            parts = torch.cat([getattr(batches[rank][step], field) for rank in range(2)])
+            parts = torch.stack([getattr(batches[rank][step], field) for rank in range(2)], dim=1).flatten(0, 1)
             assert torch.equal(parts, getattr(whole[step], field))
     assert len(torch.unique(whole[0].labels)) == 10
     assert 90 < whole[0].images.float().mean() < 150

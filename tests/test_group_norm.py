@@ -17,9 +17,9 @@ from kernel_checks import DEVICE, check_close, in_float64, one_sample, outputs
 from torch import Tensor
 
 import fastddpm_kernels as fk
-from fastddpm_kernels import Case
+from fastddpm_kernels import Case, native
 from fastddpm_kernels import group_norm_kernels as kernels
-from fastddpm_kernels.group_norm import GROUP_NORM_SILU, VARIANTS, _group_norm_silu_op
+from fastddpm_kernels.group_norm import GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD, VARIANTS, _group_norm_silu_op
 
 triton_here = pytest.mark.skipif(not fk.HAS_TRITON, reason="needs triton")
 IMPLS = ["reference", pytest.param("triton", marks=triton_here)]
@@ -46,7 +46,9 @@ def cut_by(way: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in WAYS[way].items():
             patch.setattr(kernels, name, value)
+        kernels.cut.cache_clear()
         yield
+    kernels.cut.cache_clear()
 
 
 def example(variant: str, shape: tuple[int, int, int, int], **case: Any) -> dict[str, Any]:
@@ -358,6 +360,98 @@ def test_no_samples(impl: str) -> None:
     assert torch.equal(grads["weight"], torch.zeros(12, device=DEVICE)) and grads["add"].shape == (0, 8)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "native"])
+@pytest.mark.parametrize("way", ["one pass", "two passes in many splits"])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_no_pixels(impl: str, way: str) -> None:
+    """Sums over no pixels are 0, not what the memory held."""
+    if impl == "native" and (DEVICE != "cpu" or native.native_available() is not None):
+        pytest.skip("needs a CPU and a C++ compiler")
+    for variant in ("temb-residual-skip", "film-dropout", "add"):
+        for height, width in ((0, 4), (4, 0)):
+            kwargs = example(variant, (2, 8, height, width))
+            with cut_by(way):
+                _, grads = run(op(impl), kwargs, upstream(kwargs))
+            for name, grad in grads.items():
+                assert torch.equal(grad, torch.zeros_like(kwargs[name])), name
+
+
+@triton_here
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_values_have_no_negative_variance(way: str) -> None:
+    """What rounding leaves of the deviations of equal values is their mean: less its square, less than 0 at times."""
+    x = torch.linspace(1e4, 1e7, 64, device=DEVICE)[:, None, None, None].expand(-1, 6, 5, 7)
+    rows = torch.ones(6, device=DEVICE)
+    with cut_by(way):
+        y = fk.group_norm_silu(dense("x", x), rows, rows, 2, 1e-12, impl="triton")
+    assert bool(y.isfinite().all())
+
+
+@triton_here
+@pytest.mark.parametrize("way", WAYS)
+def test_an_offset_that_is_not_finite_stays_in_its_group(way: str) -> None:
+    """Groups of 3 in tiles of 4 channels: the fourth is the neighbour's."""
+    for value in (float("nan"), float("inf")):
+        kwargs = {**example("add", (2, 9, 3, 3)), "num_groups": 3}
+        kwargs["add"][3] = value
+        with cut_by(way):
+            results, grads = run(op("triton"), kwargs, upstream(kwargs))
+        for image in (results[0], grads["x"]):
+            assert bool(image[:, [0, 1, 2, 6, 7, 8]].isfinite().all()) and not bool(image[:, 3:6].isfinite().any())
+
+
+# ---- Where tensors lie
+
+
+class Recorder:
+    """A kernel that notes the tensors it is given by the names of its arguments."""
+
+    def __init__(self, kernel: Any, given: list[tuple[str, Tensor]]) -> None:
+        self.kernel, self.given = kernel, given
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            named = zip(self.kernel.arg_names, args, strict=False)
+            self.given.extend((name, value) for name, value in named if isinstance(value, Tensor))
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def misplaced(x: Tensor) -> Tensor:
+    """A copy that starts one element after a multiple of 16 bytes."""
+    buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return buffer[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+@triton_here
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wherever_tensors_lie_kernels_see_one_alignment(
+    dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would be compiled again, perhaps within a CUDA graph's capture, and add up in another order."""
+    given: list[tuple[str, Tensor]] = []
+    launched = [name for name in vars(kernels) if name.endswith("_kernel")]
+    for name in launched:
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), given))
+    for variant in ("temb-residual-skip", "film-skip-dropout"):
+        kwargs = example(variant, (1, 6, 3, 5), dtype=dtype)  # no multiple of 16 bytes, whatever is cut off
+        moved = {name: misplaced(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        with cut_by(way):
+            expected, expected_grads = run(op("triton"), kwargs, upstream(kwargs))
+            results = outputs(fk.group_norm_silu(**moved, impl="triton"))
+            leaves = {name: moved[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in moved}
+            grads = torch.autograd.grad(
+                outputs(fk.group_norm_silu(**{**moved, **leaves}, impl="triton")),
+                list(leaves.values()),
+                [misplaced(gradient) for gradient in upstream(kwargs)],
+            )
+        assert all(map(torch.equal, results, expected))
+        assert all(torch.equal(grad, expected_grads[name]) for name, grad in zip(leaves, grads, strict=True))
+    assert {name for name, x in given if x.data_ptr() % 16} == set(kernels.ANY_ALIGNMENT)
+
+
 # ---- Gradients' forms
 
 
@@ -505,11 +599,12 @@ def test_cuts_of_the_nets_shapes(shape: tuple[int, int, int, int, int], expected
 
 
 def test_cuts_cover_everything_and_fit() -> None:
-    for num_channels in (1, 3, 8, 32, 96, 192, 576, 1152, 1728):
+    # The last ones: 32 groups of 3, 5, 6, 9, 31, 33 and 35.
+    for num_channels in (1, 3, 8, 32, 576, 1152, 1728, 96, 160, 192, 288, 992, 1056, 1120):
         for num_skip in (0, 5, 192):
             channels = num_channels + num_skip
             for num_groups in {1, channels, *(g for g in (8, 16, 32) if channels % g == 0)}:
-                for plane in (1, 35, 64, 1024, 4096, 65536):
+                for plane in (1, 8, 16, 35, 64, 1024, 4096, 65536):
                     pieces = kernels.cut(num_channels, num_skip, plane, num_groups, 2)
                     assert channels <= pieces.TILES * pieces.BUNDLE and pieces.BUNDLE <= pieces.CHANNELS
                     assert plane <= pieces.SPLITS * pieces.BLOCKS * pieces.ROWS
@@ -518,8 +613,25 @@ def test_cuts_cover_everything_and_fit() -> None:
                     merge = pieces.merge()
                     assert merge["PADDED_SPLITS"] * merge["CHANNELS"] <= 2 * kernels.ONE_PASS_ELEMENTS
                     assert merge["BUNDLE"] % pieces.GROUP == 0
+                    assert compared(merge) <= 4096
                     if pieces.one_pass:
                         assert pieces.BUNDLE % pieces.GROUP == 0 and pieces.SPLITS == 1
+                        assert compared({**pieces.groups(), "CHANNELS": pieces.CHANNELS}) <= 4096
+
+
+def compared(sizes: dict[str, Any]) -> int:
+    """Elements of the comparison by which a tile's sums are spread over its groups."""
+    if sizes["BUNDLE"] == sizes["GROUP"] or sizes["FOLD"] == sizes["GROUP"]:
+        return 0
+    return (sizes["CHANNELS"] // sizes["FOLD"]) ** 2
+
+
+def test_a_cut_is_made_once() -> None:
+    """The search over bundles takes up to milliseconds of Python, at every call."""
+    first = kernels.cut(1152, 0, 64, 32, 2)
+    assert kernels.cut(1152, 0, 64, 32, 2) is first
+    x = torch.empty(1, 24, 7, 9).contiguous(memory_format=torch.channels_last)
+    assert kernels._cut_of(x, None, 3) is kernels._cut_of(x, None, 3)
 
 
 @triton_here
@@ -540,17 +652,17 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "residual nchw": ({"residual": torch.zeros(2, 8, 4, 4)}, ValueError, "residual is contiguous NCHW"),
         "slice": ({"x": torch.cat((image, image), 1)[:, :8]}, ValueError, "x is a view with strides"),
         "x": ({"x": torch.zeros(2, 8, 4)}, ValueError, r"x must be \[N, C, H, W\]"),
-        "integers": ({"x": image.long()}, TypeError, "x must be float32"),
+        "integers": ({"x": image.long()}, ValueError, "x must be float32"),
         "groups": ({"num_groups": 5}, ValueError, "num_groups=5 does not divide the 12 channels"),
         "no groups": ({"num_groups": 0}, ValueError, "num_groups=0 does not divide"),
         "eps": ({"eps": 0.0}, ValueError, "eps must be positive"),
         "weight": ({"weight": torch.ones(8)}, ValueError, r"weight must have shape \[12\], got \[8\]"),
-        "bias": ({"bias": torch.ones(12, dtype=torch.int64)}, TypeError, "bias must be floating point"),
+        "bias": ({"bias": torch.ones(12, dtype=torch.int64)}, ValueError, "bias must be floating point"),
         "add": ({"add": torch.ones(12)}, ValueError, r"add must have shape \[8\] or \[2, 8\], got \[12\]"),
         "residual": ({"residual": image[:1]}, ValueError, "residual must have shape"),
-        "residual dtype": ({"residual": image.bfloat16()}, TypeError, "residual must have x's dtype"),
+        "residual dtype": ({"residual": image.bfloat16()}, ValueError, "residual must have x's dtype"),
         "skip": ({"skip": image[:, :4, :2]}, ValueError, "skip must have shape"),
-        "skip dtype": ({"skip": image[:, :4].half()}, TypeError, "skip must have x's dtype"),
+        "skip dtype": ({"skip": image[:, :4].half()}, ValueError, "skip must have x's dtype"),
         "scale alone": ({"scale": rows}, ValueError, "scale without shift"),
         "shift alone": ({"shift": rows}, ValueError, "shift without scale"),
         "scale": ({"scale": rows[:, :8], "shift": rows}, ValueError, "scale must have shape"),
@@ -572,10 +684,52 @@ def test_bad_arguments_are_named(name: str) -> None:
         fk.group_norm_silu(**{**kwargs, **change})
 
 
+def bad_backward_calls() -> dict[str, tuple[dict[str, Any], str]]:
+    """name: (change to an example of 8 + 4 channels in 4 groups, what the message says)."""
+    image, rows = torch.zeros(2, 12, 4, 4), torch.zeros(2, 4)
+    return {
+        "nchw": ({"x": image[:, :8].contiguous()}, "x is contiguous NCHW"),
+        "skip nchw": ({"skip": image[:, :4].contiguous()}, "skip is contiguous NCHW"),
+        "skip": ({"skip": image[:1, :4]}, "skip must have shape"),
+        "weight": ({"weight": torch.ones(8)}, r"weight must have shape \[12\]"),
+        "dy": ({"dy": image[:, :8]}, r"dy must have shape \[2, 12, 4, 4\] to go with x"),
+        "dy dtype": ({"dy": image.half()}, "dy must have x's dtype"),
+        "dtotal": ({"dtotal": image}, r"dtotal must have shape \[2, 8, 4, 4\]"),
+        "mean": ({"mean": rows[:, :3]}, r"mean must have shape \[2, 4\], got \[2, 3\]"),
+        "mean of a batch": ({"mean": rows[:1]}, r"mean must have shape \[2, 4\]"),
+        "rstd": ({"rstd": rows.flatten()}, r"rstd must have shape \[2, 4\]"),
+        "rstd dtype": ({"rstd": rows.bfloat16()}, "rstd must be float32, as the forward makes it"),
+        "rstd integers": ({"rstd": rows.long()}, "rstd must be floating point"),
+        "device": ({"mean": torch.zeros(2, 4, device="meta")}, "mean is on meta but x is on cpu"),
+        "p": ({"p": 0.1}, "p=0.1 needs ordinals"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_backward_calls())
+def test_bad_arguments_of_the_backward_are_named(name: str) -> None:
+    change, message = bad_backward_calls()[name]
+    kwargs = GROUP_NORM_SILU_BACKWARD.example(Case((2, 8, 4, 4), variant="skip"))
+    fk.group_norm_silu_backward(**kwargs)
+    with pytest.raises(ValueError, match=message):
+        fk.group_norm_silu_backward(**{**kwargs, **change})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_takes_statistics_of_any_layout(impl: str) -> None:
+    kwargs = GROUP_NORM_SILU_BACKWARD.example(Case((3, 8, 4, 4), device=DEVICE))
+    expected = fk.group_norm_silu_backward(**kwargs, impl=impl)
+    for name in ("mean", "rstd"):
+        kwargs[name] = kwargs[name].t().contiguous().t()
+    assert all(map(torch.equal, fk.group_norm_silu_backward(**kwargs, impl=impl), expected))
+
+
 @triton_here
 def test_float64_is_for_the_reference() -> None:
-    with pytest.raises(TypeError, match="float64 is for impl='reference'"):
+    with pytest.raises(ValueError, match="float64 is for impl='reference'"):
         fk.group_norm_silu(**in_float64(example("", (1, 4, 2, 2))), impl="triton")
+    with pytest.raises(ValueError, match="float64 is for impl='reference'"):
+        kwargs = GROUP_NORM_SILU_BACKWARD.example(Case((1, 4, 2, 2), device=DEVICE))
+        fk.group_norm_silu_backward(**{**kwargs, "mean": kwargs["mean"].double()}, impl="triton")
 
 
 def test_layouts_that_are_both_are_taken() -> None:

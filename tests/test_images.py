@@ -1,13 +1,19 @@
 """Decoding: every mode either converted by its stated rule or refused, and the four ways to reach the model's size."""
 
 import io
+import re
+import struct
+import zlib
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastddpm.images import ImageProblem, decode_image
+import fastddpm.images
+from fastddpm.errors import ConfigError
+from fastddpm.images import ImageProblem, decode_image, parse_background
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -20,8 +26,62 @@ def encode(image: Image.Image | np.ndarray, file_format: str = "PNG", **options:
     return file.getvalue()
 
 
-def decode(data: bytes, channels: int = 3, size: tuple[int, int] = (5, 7), fit: Any = "exact") -> np.ndarray:
-    pixels = decode_image(data, size, channels, fit)
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def raw_png(rows: list[bytes], width: int, bits: int, colour_type: int, *chunks: bytes) -> bytes:
+    """A PNG of packed rows, of kinds that PIL does not write. colour_type: 0 gray, 2 RGB, 4 gray + alpha, 6 RGBA."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + chunk(b"IEND", b"")
+
+
+def png_16(values: np.ndarray, *chunks: bytes) -> bytes:
+    """A PNG of uint16 [H, W, 1 to 4]."""
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
+    return raw_png([row.astype(">u2").tobytes() for row in values], values.shape[1], 16, colour_type, *chunks)
+
+
+def tiff_16(values: np.ndarray, order: str, compression: int = 1) -> bytes:
+    """A TIFF of uint16 [H, W, 3]; order: < or >; compression: 1 none, 8 deflate, which PIL leaves to libtiff."""
+    height, width, _ = values.shape
+    data = values.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if compression == 8 else data
+    data += bytes(len(data) % 2)
+    entries = [
+        *(
+            (256, 3, 1, width),
+            (257, 3, 1, height),
+            (258, 3, 3, 8),
+            (259, 3, 1, compression),
+            (262, 3, 1, 2),
+            (273, 4, 1, 14),
+        ),
+        *((277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))),
+    ]
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, kind, count, value in entries:
+        pad = "H2x" if kind == 3 and count == 1 else "I"
+        directory += struct.pack(f"{order}HHI{pad}", tag, kind, count, value)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI3H", 42, 14 + len(data), 16, 16, 16)
+    return head + data + directory + bytes(4)
+
+
+def over(values: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int], top: int) -> np.ndarray:
+    """uint8 [H, W, 3]: the mean of values [H, W, 1 or 3] and background, weighted by alpha, in exact arithmetic."""
+    values = np.broadcast_to(values, (*alpha.shape, 3))
+    result = np.empty(values.shape, np.uint8)
+    for y, x, c in np.ndindex(*values.shape):
+        a = Fraction(int(alpha[y, x]), top)
+        result[y, x, c] = round(a * int(values[y, x, c]) * 255 / top + (1 - a) * background[c])
+    return result
+
+
+def decode(
+    data: bytes, channels: int = 3, size: tuple[int, int] = (5, 7), fit: Any = "exact", background: Any = None
+) -> np.ndarray:
+    pixels = decode_image(data, size, channels, fit, background)
     assert pixels.dtype == np.uint8 and pixels.shape == (*size, channels) and pixels.flags.c_contiguous
     return pixels
 
@@ -42,6 +102,24 @@ def test_sixteen_bits_are_rounded_not_clipped() -> None:
     values[0, :4] = (0, 128, 129, 65535)
     for data in (encode(values), encode(values, "TIFF"), encode(values.astype(">u2"), "TIFF")):
         assert np.array_equal(decode(data, 1)[..., 0], np.floor(values / 257 + 0.5).astype(np.uint8))
+
+
+def test_16_bits_of_colour_are_rounded_too() -> None:
+    """PIL keeps the high byte, which is another value for half of all pixels."""
+    values = RNG.integers(0, 2**16, (5, 7, 3), dtype=np.uint16)
+    values[0, :4, 0] = (0, 128, 129, 65535)
+    rounded = np.floor(values / 257 + 0.5).astype(np.uint8)
+    assert (rounded != values >> 8).any()
+    files = [tiff_16(values, order, compression) for order in "<>" for compression in (1, 8)]
+    for data in (png_16(values), *files):
+        assert np.array_equal(decode(data), rounded)
+    alpha = np.full((5, 7, 1), 65535, np.uint16)
+    assert np.array_equal(decode(png_16(np.dstack([values, alpha]))), rounded)
+    assert np.array_equal(decode(png_16(np.dstack([values[..., :1], alpha])), 1), rounded[..., :1])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = png_16(values, chunk(b"eXIf", turned.tobytes().removeprefix(b"Exif\0\0")))
+    assert np.array_equal(decode(data, size=(7, 5)), np.rot90(rounded, -1))
 
 
 @pytest.mark.parametrize(("dtype", "word"), [(np.float32, "float"), (np.int32, "32-bit integer")])
@@ -78,10 +156,99 @@ def test_opaque_alpha_is_dropped_and_partial_transparency_refused() -> None:
         encode(black.astype(np.uint16), transparency=0),
     ):
         for channels in (1, 3):
-            with pytest.raises(ImageProblem, match="is partly transparent: flatten it"):
+            with pytest.raises(ImageProblem, match=r"is partly transparent: flatten it.*data\.background"):
                 decode(data, channels)
     # A transparent colour that no pixel has leaves the image opaque.
     assert np.array_equal(decode(encode(np.maximum(GRAY, 1), transparency=0), 1)[..., 0], np.maximum(GRAY, 1))
+
+
+BACKGROUND = (200, 17, 96)
+ALPHA = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+ALPHA[0, :3] = (0, 255, 1)
+
+
+def gray_of(colour: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(colour).convert("L"))[..., None]
+
+
+def assert_composited(data: bytes, expected: np.ndarray) -> None:
+    assert np.array_equal(decode(data, background=BACKGROUND), expected)
+    assert np.array_equal(decode(data, 1, background=BACKGROUND), gray_of(expected))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+def test_alpha_is_composited_on_the_background(file_format: str) -> None:
+    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+    data = encode(np.dstack([COLOUR, ALPHA]), file_format, **options)
+    assert_composited(data, over(COLOUR, ALPHA, BACKGROUND, 255))
+
+
+def test_alpha_of_gray_and_of_palettes_is_composited() -> None:
+    assert_composited(encode(np.dstack([GRAY, ALPHA])), over(GRAY[..., None], ALPHA, BACKGROUND, 255))
+    palette = Image.fromarray(COLOUR).quantize(16)
+    index, colours = np.asarray(palette), np.asarray(palette.convert("RGB"))
+    each = RNG.integers(0, 256, 16, dtype=np.uint8)
+    assert_composited(encode(palette, transparency=each.tobytes()), over(colours, each[index], BACKGROUND, 255))
+    used = int(index[2, 3])
+    one = np.where(index == used, 0, 255)
+    assert_composited(encode(palette, transparency=used), over(colours, one, BACKGROUND, 255))
+    assert_composited(encode(palette, "GIF", transparency=used), over(colours, one, BACKGROUND, 255))
+
+
+def test_16_bits_of_alpha_are_composited_and_rounded_once() -> None:
+    values = RNG.integers(0, 2**16, (5, 7, 4), dtype=np.uint16)
+    values[0, :3, 3] = (0, 65535, 65534)
+    assert_composited(png_16(values), over(values[..., :3], values[..., 3], BACKGROUND, 65535))
+    gray = values[..., [0, 3]]
+    assert_composited(png_16(gray), over(gray[..., :1], gray[..., 1], BACKGROUND, 65535))
+    # 65534 of 65535 is not opaque, though its high byte is 255.
+    values[..., 3] = 65534
+    with pytest.raises(ImageProblem, match="partly transparent"):
+        decode(png_16(values))
+
+
+def test_transparent_colours_are_composited() -> None:
+    """A tRNS chunk of gray or RGB, at every depth, compared in the file's own bits."""
+    for bits in (1, 2, 4, 8):
+        levels = RNG.integers(0, 2**bits, (5, 8), dtype=np.uint8)
+        levels[0, :2] = (1, 0)
+        unpacked = (levels[..., None] >> np.arange(bits)[::-1]) & 1
+        rows = [np.packbits(row.ravel()).tobytes() for row in unpacked]
+        data = raw_png(rows, 8, bits, 0, chunk(b"tRNS", struct.pack(">H", 1)))
+        scaled = levels[..., None] * (255 // (2**bits - 1))
+        expected = over(scaled, np.where(levels == 1, 0, 255), BACKGROUND, 255)
+        assert np.array_equal(decode(data, size=(5, 8), background=BACKGROUND), expected), bits
+    values = RNG.integers(0, 2**16, (5, 7, 3), dtype=np.uint16)
+    values[1, 1] = values[0, 0] ^ (0, 0, 1)  # the same high bytes as the transparent one
+    for channels in (1, 3):
+        some = values[..., :channels]
+        key = chunk(b"tRNS", some[0, 0].astype(">u2").tobytes())
+        alpha = np.where((some == some[0, 0]).all(axis=2), 0, 65535)
+        assert_composited(png_16(some, key), over(some, alpha, BACKGROUND, 65535))
+    rgb = np.where(COLOUR == 0, 1, COLOUR)
+    data = encode(Image.fromarray(rgb), transparency=tuple(map(int, rgb[3, 3])))
+    assert_composited(data, over(rgb, np.where((rgb == rgb[3, 3]).all(axis=2), 0, 255), BACKGROUND, 255))
+
+
+def test_a_background_changes_no_opaque_image() -> None:
+    for data in (encode(COLOUR), encode(np.dstack([COLOUR, np.full((5, 7), 255, np.uint8)]))):
+        assert np.array_equal(decode(data, background=BACKGROUND), COLOUR)
+
+
+def test_large_images_are_composited_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastddpm.images, "_BAND_PIXELS", 14)  # two rows of seven
+    assert_composited(encode(np.dstack([COLOUR, ALPHA])), over(COLOUR, ALPHA, BACKGROUND, 255))
+    values = RNG.integers(0, 2**16, (5, 7), dtype=np.uint16)
+    assert np.array_equal(decode(encode(values), 1)[..., 0], np.floor(values / 257 + 0.5).astype(np.uint8))
+
+
+def test_backgrounds_are_read_once_and_named() -> None:
+    assert parse_background("white") == (255, 255, 255)
+    assert parse_background("#80a0ff") == (128, 160, 255)
+    for text in ("", "whit", "#80a0f", "#80a0ff40", "rgba(1,2,3,4)", "hsl(900,1%)"):
+        with pytest.raises(ConfigError, match=rf"data\.background is {re.escape(repr(text))}") as caught:
+            parse_background(text)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "TIFF", "WEBP"])
@@ -105,13 +272,72 @@ def test_exif_orientation_is_applied() -> None:
     assert np.array_equal(decode(encode(COLOUR, exif=exif), size=(7, 5)), np.rot90(COLOUR, -1))
 
 
-def test_damaged_files_are_refused_whatever_pil_raises() -> None:
-    whole = encode(COLOUR)
-    jpeg = encode(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), "JPEG")
-    for data in (b"", b"not an image", whole[:40], whole[:-30], jpeg[: len(jpeg) // 2], whole[:20] + whole[40:]):
-        with pytest.raises(ImageProblem, match="cannot be decoded") as caught:
-            decode(data, size=(64, 64) if data.startswith(jpeg[:3]) else (5, 7))
-        assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
+NOISE = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")  # the loader ignores them too
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"])
+def test_a_file_cut_short_anywhere_is_refused_or_whole(file_format: str) -> None:
+    whole = encode(NOISE, file_format)
+    pixels = decode(whole, size=(64, 64))
+    for kept in [*range(1, 64), *range(64, len(whole), len(whole) // 40)]:
+        try:
+            assert np.array_equal(decode(whole[:kept], size=(64, 64)), pixels), kept
+        except ImageProblem as problem:
+            message = str(problem)
+            assert "cannot be decoded" in message and "\n" not in message and "BytesIO" not in message
+            if file_format in ("PNG", "JPEG", "WEBP", "BMP") and kept > len(whole) // 2:
+                assert f"cut short after {kept:,} " in message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is empty (0 bytes)"),
+        (bytes(1234), "its 1,234 bytes are all zero"),
+        (b"not an image", "it is not an image but text that begins 'not an image'"),
+        (b"\n <!DOCTYPE html><html><body>404", "it is not an image but an HTML page"),
+        (b"\xef\xbb\xbf<html>", "it is not an image but an HTML page"),
+        (b"<svg xmlns='...'>", "it is not an image but an SVG drawing"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "it is not an image but an XML document"),
+        (b'{"error": 403}', "it is not an image but JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is not an image but a Git LFS pointer"),
+        (b"%PDF-1.7 ", "it is not an image but a PDF document"),
+        (b"PK\3\4....", "it is not an image but a zip archive"),
+        (b"\0\0\0\x18ftypheic....", "of a format that this PIL does not read (heic, as HEIC and video)"),
+        (b"\x01\x02\xff\xfe", "of a format that PIL does not read (its first bytes are 01 02 ff fe)"),
+        (encode(NOISE)[:7], "it is cut short after 7 bytes (a PNG file that is damaged in or behind its header)"),
+        (encode(NOISE)[:20], "it is cut short after 20 bytes (Truncated File Read)"),
+        (encode(NOISE, "BMP")[:2000], "it is cut short after 2,000 of 12,342 bytes"),
+        (encode(COLOUR)[:50] + b"\0\0\0\0" + encode(COLOUR)[54:], "cannot be decoded"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_said(data: bytes, words: str) -> None:
+    with pytest.raises(ImageProblem, match=re.escape(words)) as caught:
+        decode(data)
+    assert "cannot be decoded: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_huge_images_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes that claim many pixels: PIL's limit, then ours where PIL has been told to have none."""
+    header = struct.pack(">IIBBBBB", 40_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageProblem, match=r"^has 1,200,000,000 pixels, and no more than 178,956,970 are decoded"):
+        decode(bomb)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ImageProblem, match=r"^has 1,200,000,000 pixels, and no more than 268,435,456 are decoded"):
+        decode(bomb)
+
+
+def test_one_pixel_is_enough() -> None:
+    dot = np.array([[[9, 8, 7]]], np.uint8)
+    assert np.array_equal(decode(encode(dot), size=(1, 1)), dot)
+    assert np.array_equal(decode(encode(dot), fit="resize"), np.broadcast_to(dot, (5, 7, 3)))
+    assert np.array_equal(decode(encode(dot), fit="resize_crop"), np.broadcast_to(dot, (5, 7, 3)))
+    with pytest.raises(ImageProblem, match="is 1x1 pixels"):
+        decode(encode(dot))
 
 
 def test_exact_names_both_sizes_and_the_options() -> None:

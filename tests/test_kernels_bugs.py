@@ -154,8 +154,8 @@ BUGS += (
     ),
     norm_bug(
         "add given to the skip",
-        "tl.load(add_ptr + c, mask=c < C1, other=0)",
-        "tl.load(add_ptr + c, mask=c < C1, other=1)",
+        "tl.load(add_ptr + c, mask=mask_c & (c < C1), other=0)",
+        "tl.load(add_ptr + c, mask=mask_c & (c < C1), other=1)",
         NORM,
         "add-residual-skip",
         (3, 12, 5, 7),

@@ -24,8 +24,9 @@ if not fk.HAS_TRITON:
 import triton
 import triton.language as tl
 
-from fastddpm_kernels import draws, launch, tiles
+from fastddpm_kernels import draws, group_norm_kernels, launch, tiles
 from fastddpm_kernels._triton import interpreting
+from fastddpm_kernels.group_norm_kernels import SIGMOID_ASM, _sigmoid
 from fastddpm_kernels.tiles import TWO_LN_2, normal_pair, philox
 
 
@@ -53,6 +54,13 @@ def _pairs_kernel(words_ptr, normals_ptr, SIZE: tl.constexpr, BLOCK: tl.constexp
     first, second = normal_pair(word_0, word_1, TWO_LN_2, FAST)
     tl.store(normals_ptr + offs, first)
     tl.store(normals_ptr + SIZE + offs, second)
+
+
+@triton.jit
+def _sigmoid_kernel(z_ptr, sigmoid_ptr, BLOCK: tl.constexpr, FAST: tl.constexpr):
+    """The logistic function of z, fp32."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sigmoid_ptr + offs, _sigmoid(tl.load(z_ptr + offs), FAST))
 
 
 def exact_pairs(words: torch.Tensor) -> torch.Tensor:
@@ -117,6 +125,121 @@ def test_constants_of_the_byte_assembly() -> None:
             source[k] = byte
             moved = bytes(source[selector >> 4 * i & 7] for i in range(4))
             assert struct.unpack("<f", moved)[0] == byte * 2.0**-133
+
+
+def whole_range(size: int) -> torch.Tensor:
+    """fp32 values of every sign and exponent, a fine grid where the logistic function bends, and the special ones."""
+    bits = torch.linspace(0, 0x7F7FFFFF, size // 4, dtype=torch.float64).to(torch.int32).view(torch.float32)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38])
+    z = torch.cat((bits, -bits, torch.linspace(-120.0, 120.0, size - 2 * (size // 4))))
+    z[: len(special)] = special
+    return z
+
+
+def check_sigmoid(made: torch.Tensor, z: torch.Tensor) -> None:
+    """Against float64: relative by what rounding z log2 e costs the power; 0 where the result would be a denormal."""
+    exact = z.double().sigmoid()
+    nan, low, high = z.isnan(), z < -89.0, z > 20.0
+    assert torch.equal(made.isnan(), nan)
+    assert bool((made[low] < 1.2e-38).all()) and bool((made[high] == 1.0).all())
+    assert bool(((made >= 0.0) & (made <= 1.0))[~nan].all())
+    error = ((made.double() - exact).abs() / exact)[z.abs() <= 87.0]
+    assert error.max() < 2e-5
+    error = ((made.double() - exact).abs() / exact)[z.abs() <= 8.0]
+    assert error.max() < 2e-6
+
+
+def test_arithmetic_of_the_sigmoid_assembly() -> None:
+    """The assembly's own instructions and constants, redone as the PTX ISA has them, denormals flushed."""
+
+    def flush(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x.abs() < 2.0**-126, torch.zeros_like(x).copysign(x), x)
+
+    functions = {
+        "mul.ftz.f32": lambda a, b: a * b,
+        "add.ftz.f32": lambda a, b: a + b,
+        "ex2.approx.ftz.f32": lambda a: a.double().exp2().float(),
+        "rcp.approx.ftz.f32": lambda a: a.reciprocal(),
+    }
+    z = whole_range(1 << 16)
+    registers = {"$1": z}
+    lines = [line.strip() for line in SIGMOID_ASM.value.strip("{}\n ").splitlines()]
+    assert lines.pop(0) == ".reg .f32 power;"
+    for line in lines:
+        name, result, *operands = line.rstrip(";").replace(",", "").split()
+        values = [
+            registers[each]
+            if each in registers
+            else torch.tensor(struct.unpack("<f", struct.pack("<I", int(each[2:], 16)))[0])
+            for each in operands
+        ]
+        registers[result] = flush(functions[name](*map(flush, values)))
+    check_sigmoid(registers["$0"], z)
+
+
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_sigmoid_over_the_whole_range(fast: bool) -> None:
+    """The assembly and what stands for it elsewhere."""
+    size = 1 << 20 if DEVICE == "cuda" else 1 << 14
+    z = whole_range(size).to(DEVICE)
+    made = torch.full_like(z, 0.5)
+    block = 1024 if DEVICE == "cuda" else size
+    _sigmoid_kernel[(size // block,)](z, made, BLOCK=block, FAST=fast)
+    check_sigmoid(made.cpu(), z.cpu())
+
+
+def test_inline_assembly_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    assert launch.is_fast(torch.device("cuda")) == (launch.INLINE_ASM and torch.version.hip is None)
+    monkeypatch.setattr(launch, "INLINE_ASM", False)
+    assert not launch.is_fast(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_a_norm_without_inline_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of other GPUs gives what the assembly gives, up to the last bits."""
+    for name in ("group_norm_silu", "group_norm_silu_backward"):
+        op = OPS[name]
+        kwargs = op.example(Case((2, 64, 16, 16), torch.float32, True, "cuda", "film-dropout"))
+        fast = outputs(op.triton(**kwargs))
+        monkeypatch.setattr(launch, "INLINE_ASM", False)
+        slow = outputs(op.triton(**kwargs))
+        monkeypatch.undo()
+        for one, other in zip(fast, slow, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_misplaced_tensors_compile_nothing_and_are_captured() -> None:
+    """Tensors that start anywhere: the kernels compiled for others serve them, also within a graph's capture."""
+    kwargs = OPS["group_norm_silu"].example(Case((2, 18, 7, 9), torch.bfloat16, True, "cuda", "film-residual-dropout"))
+
+    def misplaced(x: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+        return buffer[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+    def run(kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        leaves = {n: kwargs[n].detach().requires_grad_() for n in ("x", "weight", "residual", "scale")}
+        results = outputs(fk.group_norm_silu(**{**kwargs, **leaves}))
+        return (*results, *torch.autograd.grad(results, list(leaves.values()), [r.detach() for r in results]))
+
+    def compiled() -> int:
+        found = (getattr(group_norm_kernels, name) for name in vars(group_norm_kernels) if name.endswith("_kernel"))
+        return sum(len(caches[0]) for kernel in found for caches in kernel.device_caches.values())
+
+    expected, count = run(kwargs), compiled()
+    moved = {name: misplaced(x) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(moved)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(moved)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected)) and compiled() == count
 
 
 @pytest.mark.gpu

@@ -114,7 +114,7 @@ def test_parquet_file_glob_and_unnamed_columns(parquet: Path, tmp_path: Path, st
         named = {"image_column": "raw", "label_column": "kind"} if num_images == 6 else {}
         config = DataConfig(source=f"parquet:{location}", streaming=streaming, **named)
         data = open_data(config, (8, 8), 3)
-        assert data.num_images == (None if streaming else num_images)
+        assert data.num_images == num_images
         (batch,) = data.batches(0, 0, 1, num_images, workers=0)
         assert batch.labels is not None and len(set(batch.rows.tolist())) == num_images
         if num_images == 6:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from fastddpm.config import EMAConfig, OptimConfig, preset
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
 from fastddpm.errors import ConfigError
 from fastddpm.machine import product_rate, settle_precision
-from fastddpm.optim import ema_decay, learning_rate
+from fastddpm.optim import ema_decay, learning_rate, update_ema
 from fastddpm.samplers import Sampler
 from fastddpm.step import TrainStep
 from fastddpm.unet import UNet, UNetConfig
@@ -89,10 +91,11 @@ def test_the_step_is_algorithm_1_with_torchs_own_clipping_adamw_and_average(devi
                 mean.mul_(decay).add_(weight, alpha=1 - decay)
         torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm, expected_norm, rtol=1e-4, atol=0)
-    for got, want in ((step.weights, net.parameters()), (step.averages, average.parameters())):
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
-    assert step.first_bad_step.item() == -1
+    for got, want in ((step.weights, net), (step.averages, average)):
+        for a, (name, b) in zip(got, want.named_parameters(), strict=True):
+            # The softmax is blind to k's bias: its gradient is rounding, which Adam turns into steps of up to lr.
+            blind = name.endswith("to_k.bias")
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2 * 3 * OPTIM.lr if blind else 2e-5)
 
 
 def test_micro_batches_add_up_to_the_whole_batch() -> None:
@@ -111,15 +114,38 @@ def test_without_clip_norm_gradients_are_not_touched() -> None:
     assert getattr(step.optimizer, "grad_scale", None) is None
 
 
-def test_the_first_bad_step_is_kept() -> None:
-    step = make_step()
-    images, ordinals = batch(0)
-    step(images, ordinals, 0)
-    with torch.no_grad():
-        step.weights[0][0] = float("nan")
-    for number in (1, 2):
-        step(images, ordinals, number)
-    assert step.first_bad_step.item() == 2  # counted from 1
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(device: str, accumulation: int, monkeypatch) -> None:
+    """Neither weights nor moments nor averages, and the steps after it are those of a run that never had it."""
+    calm, disturbed = (make_step(device=device, share=1 / 6 if accumulation == 2 else None) for _ in range(2))
+
+    def one(step: TrainStep, number: int, data: int) -> torch.Tensor:
+        images, ordinals = (x.to(device) for x in batch(data))
+        if accumulation == 1:
+            return step(images, ordinals, number)[1]
+        for i in (0, 3):
+            step.accumulate(images[i : i + 3], ordinals[i : i + 3], last=i == 3)
+        return step.update(number)
+
+    def state(step: TrainStep) -> list[torch.Tensor]:
+        moments = [value for line in step.lines for value in step.optimizer.state[line].values()]
+        return [t.clone() for t in (*step.weights, *step.averages, *moments)]
+
+    for step in (calm, disturbed):
+        one(step, 0, 0)
+    before = state(disturbed)
+    plain = TrainingProcess.loss_and_grad
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            TrainingProcess, "loss_and_grad", lambda self, *args: [x * float("inf") for x in plain(self, *args)]
+        )
+        assert not one(disturbed, 1, 1).isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(disturbed), strict=True))
+    assert all(weight.grad is None for weight in disturbed.weights)
+    for step in (calm, disturbed):
+        one(step, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(state(calm), state(disturbed), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,36 +159,94 @@ def test_bf16_follows_fp32_over_fp32_weights(device: str) -> None:
     assert half.unet(images.float(), 3).sample.dtype == torch.bfloat16
 
 
-class Copies(TorchDispatchMode):
-    """Records the operators that copy or transpose activations of 16 channels or more: not weights, nor statistics."""
-
-    def __init__(self, net: UNet) -> None:
-        super().__init__()
-        self.weights = {tuple(p.shape) for p in net.parameters()}
-        self.found: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.name().partition("::")[2].partition(".")[0]
-        if name in ("clone", "copy_", "_to_copy", "contiguous", "stack", "as_strided_copy", "permute_copy"):
-            tensor = args[0] if name == "copy_" else result
-            large = tensor.ndim >= 3 and tensor.shape[1 if tensor.ndim == 4 else -1] >= 16 and tensor.shape[0] == 6
-            if large and tensor.numel() > 10_000 and tuple(tensor.shape) not in self.weights:
-                self.found.append((name, tuple(tensor.shape)))
-        return result
+PRIME = 11  # images: no size of the net's is a multiple of it, so that a tensor's shape says whether it is activations
+FILLS = {"aten::addmm", "aten::constant_pad_nd"}  # the bias as a product's first summand; padding is a copy by nature
 
 
+def copies_of_activations(work: Callable[[], object]) -> list[tuple[str, list[int], list[str]]]:
+    """What copies or transposes activations of 16 channels or more: the operator, its shape and who called it.
+
+    Found by the profiler, which also sees the operators inside of custom ones, and not only those that autograd calls.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        work()
+    found = []
+    for event in profile.events():
+        if event.name not in ("aten::copy_", "aten::stack") or not event.input_shapes:  # clones etc. end in copy_
+            continue
+        shape, callers, parent = event.input_shapes[0], [], event.cpu_parent
+        while parent is not None:
+            callers.append(parent.name)
+            parent = parent.cpu_parent
+        rows = len(shape) < 2 or (len(shape) == 2 and shape[0] == PRIME)  # statistics, embeddings, random words
+        if rows or shape[0] % PRIME or 3 in shape[1:] or math.prod(shape) < PRIME * 16 * 16:  # 3: of an image
+            continue
+        if not FILLS.intersection(callers):
+            found.append((event.name, shape, callers))
+    return found
+
+
+@torch.library.custom_op("fastddpm_tests::copies", mutates_args=())
+def _copies(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("impl", [None, "native"])
 @pytest.mark.parametrize("changes", [{}, {"resnet_time_scale_shift": "scale_shift", "attention_head_dim": 8}])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_step_makes_no_layout_copies_of_activations(device: str, changes: dict[str, Any]) -> None:
-    step = make_step(dataclasses.replace(NET, dropout=0.0, **changes), device, dtype=torch.bfloat16)
-    images, ordinals = batch(0, device=device)
-    with Copies(step.unet) as copies:
-        step(images, ordinals, 0)
-    assert copies.found == []
-    with Copies(step.unet) as copies:
-        torch.zeros(6, 16, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
-    assert copies.found, "a copy was not seen"
+def test_a_step_makes_no_layout_copies_of_activations(device: str, changes: dict[str, Any], impl: str | None) -> None:
+    if impl == "native" and (device != "cpu" or fastddpm_kernels.native_available()):
+        pytest.skip("for CPUs with a compiler")
+    step = make_step(dataclasses.replace(NET, **changes), device, dtype=torch.bfloat16)
+    step.unet.shared.impl = impl
+    images, ordinals = batch(0, PRIME, device)
+    assert copies_of_activations(lambda: step(images, ordinals, 0)) == []
+
+
+def test_a_copy_inside_a_custom_operator_is_seen() -> None:
+    (found,) = copies_of_activations(lambda: _copies(torch.zeros(PRIME, 16, 16, 16)))
+    assert "fastddpm_tests::copies" in found[2]
+
+
+# The average
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that take a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], list | tuple):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.9])
+def test_an_average_with_a_weight_of_the_device_is_one_pass(device: str, weight: float) -> None:
+    averages, weights = ([p.detach() for p in shaken(NET, device).parameters()] for _ in range(2))
+    for i, w in enumerate(weights):
+        w.add_(torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).to(device))
+    kept, exact = [w.clone() for w in weights], [a.double() for a in averages]
+    for average, w in zip(exact, weights, strict=True):
+        average.lerp_(w.double(), torch.tensor(weight).item())
+    found = []
+    yes, no = (torch.tensor(value, device=device) for value in (True, False))
+    for number, applied in ((torch.tensor(weight, device=device), None), (weight, yes), (weight, no)):
+        mine = [a.clone() for a in averages]
+        with Operators() as operators:
+            update_ema(mine, weights, number, applied)
+        assert len(operators.names) == 1, operators.names
+        found.append(mine)
+    by_tensor, by_number, skipped = found
+    for a, b, c, average, truth in zip(by_tensor, by_number, skipped, averages, exact, strict=True):
+        torch.testing.assert_close(a.double(), truth, rtol=1e-6, atol=1e-6)
+        assert torch.equal(a, b), "a graph's average is another"
+        assert torch.equal(c, average), "a skipped step changed the average"
+    assert all(torch.equal(a, b) for a, b in zip(weights, kept, strict=True))
 
 
 # Less memory

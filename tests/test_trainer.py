@@ -74,7 +74,7 @@ def test_loss_and_norm_of_the_first_step_are_those_of_a_plain_rewrite(tmp_path):
     )
     trainer = Trainer(config)
     weights = [p.detach().clone() for p in trainer.weights]
-    (batch,) = list(trainer._batches())
+    (batch,) = list(trainer._batches(1))
     noised = TrainingProcess(trainer.schedule, "eps", seed=config.seed, flip=True).noise(batch.images, batch.ordinals)
     x_0 = batch.images.double() / 127.5 - 1
     x_0 = torch.where(noised.flip.view(-1, 1, 1, 1), x_0.flip(3), x_0)
@@ -309,14 +309,104 @@ def test_another_config_is_refused_and_every_difference_named(whole):
     assert (whole / "config.json").read_text() == before
 
 
+def test_a_change_that_is_allowed_goes_on_as_another_run_and_is_written_down(tmp_path, whole, capsys):
+    """Other learning rate and batch size from step 4 on: the images go on where they were."""
+    run = tmp_path / "run"
+    Trainer(small(run, steps=4)).train()
+    changed = {"batch_size": 24, "optim": {"horizon": 8, "warmup_steps": 2, "lr": 1e-4}}
+    with pytest.raises(ConfigError, match="--allow-change batch_size optim.lr"):
+        Trainer(small(run, **changed))
+    with pytest.raises(ConfigError, match="--allow-change optim.lr"):
+        Trainer(small(run, **changed), allow_change=["batch_size"])
+    Trainer(small(run, **changed), allow_change=["batch_size", "optim.lr"]).train()
+    assert "from step 4 on this is another run: batch_size: 16 -> 24" in capsys.readouterr().err
+    lines = records(run)
+    assert losses(run)[:4] == losses(whole)[:4]
+    assert [r["samples_seen"] for r in lines] == [16, 32, 48, 64, 88, 112, 136, 160]
+    assert lines[-1]["lr"] < 1e-4
+    facts = json.loads((run / "config.json").read_text())
+    assert [change["step"] for change in facts["changes"]] == [4, 4]
+    # The changed run is exact from there on: interrupted or not.
+    again = tmp_path / "again"
+    Trainer(small(again, steps=4)).train()
+    Trainer(small(again, **{**changed, "steps": 6}), allow_change=["batch_size", "optim.lr"]).train()
+    Trainer(small(again, **changed)).train()
+    assert losses(again) == losses(run)
+
+
+@pytest.mark.parametrize(("name", "why"), [("optim.lrate", "is not a field"), ("steps", "may always change")])
+def test_names_of_allowed_changes_are_checked(tmp_path, name, why):
+    with pytest.raises(ConfigError, match=f"allow-change {name}: it {why}"):
+        Trainer(small(tmp_path / "run"), allow_change=[name])
+
+
+def test_accumulation_may_change_on_resume(tmp_path, whole):
+    run = tmp_path / "run"
+    for steps, accumulation in ((3, 2), (6, 4), (8, 1)):
+        Trainer(small(run, steps=steps, accumulation=accumulation)).train()
+    for a, b in zip(losses(run), losses(whole), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
 def test_a_data_set_that_has_grown_is_refused(tmp_path):
     run = tmp_path / "run"
     Trainer(small(run)).train()
     facts = json.loads((run / "config.json").read_text())
-    assert facts["num_images"] == 1797
-    (run / "config.json").write_text(json.dumps(facts | {"num_images": 1700}))
+    assert facts["data"]["num_images"] == 1797
+    (run / "config.json").write_text(json.dumps(facts | {"data": facts["data"] | {"num_images": 1700}}))
     with pytest.raises(DataError, match="digits has 1797 images and had 1700"):
         Trainer(small(run))
+    (run / "config.json").write_text(json.dumps(facts | {"data": facts["data"] | {"identity": "another"}}))
+    with pytest.raises(DataError, match="digits is not as it was"):
+        Trainer(small(run))
+    assert Trainer(small(run), allow_change=["data"]).step == 8
+
+
+def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def status() -> dict:
+        return json.loads((run / "status.json").read_text())
+
+    trainer = Trainer(small(run))
+    assert (status()["status"], status()["step"]) == ("running", 0)
+    monkeypatch.setattr(Trainer, "draw_grid", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    trainer.config = small(run, sample_every=4)
+    assert not trainer.train().finished
+    assert (status()["status"], status()["step"]) == ("preempted", 5)
+    Trainer(small(run)).train()
+    assert (status()["status"], status()["step"]) == ("done", 8)
+    monkeypatch.setattr(Checkpoints, "save", _full_disk)
+    with pytest.raises(CheckpointError):
+        Trainer(small(run, steps=9)).train()
+    end = status()
+    assert (end["status"], end["exit_code"], end["reason"]) == ("failed", 6, "the disk is full")
+
+
+def _full_disk(self, *args, **kwargs):
+    raise CheckpointError("the disk is full")
+
+
+@pytest.mark.parametrize(("number", "before"), [(1, 0), (3, 0), (4, 3), (8, 6)])
+def test_a_replay_gives_the_logged_step_bit_by_bit_and_writes_nothing(whole, number, before, capsys):
+    contents = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    config = read_config(whole)
+    record = Trainer(config, replay=number).replay()
+    logged = records(whole)[number - 1]
+    for name in ("step", "samples_seen", "loss", "grad_norm", "lr"):
+        assert record[name] == logged[name]
+    assert f"replaying steps {before + 1} to {number}" in capsys.readouterr().err
+    assert record["positions"] == list(range((number - 1) * 16, number * 16)) and len(record["rows"]) == 16
+    assert sum(record["losses"]) / 16 == pytest.approx(record["loss"])
+    assert contents == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_the_replay_command_prints_one_line_of_json(whole):
+    command = [sys.executable, "-m", "fastddpm", "replay", str(whole), "--step", "5"]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["same"] is True and record["logged_loss"] == record["loss"] == records(whole)[4]["loss"]
 
 
 def test_the_horizon_is_the_first_starts_and_kept(tmp_path):

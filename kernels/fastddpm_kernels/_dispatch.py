@@ -55,9 +55,9 @@ def check_images(name: str, x: Tensor) -> None:
 
 
 def check_pixels(name: str, x: Tensor) -> None:
-    """Raise TypeError unless x is uint8 (0 .. 255) or floating point: other integers would be taken as they are."""
+    """Raise ValueError unless x is uint8 (0 .. 255) or floating point: other integers would be taken as they are."""
     if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise TypeError(f"{name} must be uint8 (0 .. 255) or floating point (-1 .. 1), got {x.dtype}")
+        raise ValueError(f"{name} must be uint8 (0 .. 255) or floating point (-1 .. 1), got {x.dtype}")
 
 
 def check_no_gradient(**tensors: Tensor | None) -> None:
@@ -68,9 +68,9 @@ def check_no_gradient(**tensors: Tensor | None) -> None:
 
 
 def check_precision(impl: str, *tensors: Tensor | None) -> None:
-    """Raise TypeError for float64 in the Triton kernels, whose arithmetic is float32."""
+    """Raise ValueError for float64 in the Triton kernels, whose arithmetic is float32."""
     if impl == "triton" and any(x is not None and x.dtype == torch.float64 for x in tensors):
-        raise TypeError("float64 is for impl='reference': the Triton kernels compute in float32")
+        raise ValueError("float64 is for impl='reference': the Triton kernels compute in float32")
 
 
 def check_per_sample(name: str, x: Tensor, num_samples: int, dtype: torch.dtype | None, device: torch.device) -> None:
@@ -78,7 +78,7 @@ def check_per_sample(name: str, x: Tensor, num_samples: int, dtype: torch.dtype 
     if x.shape != (num_samples,):
         raise ValueError(f"{name} must have shape [{num_samples}], got {list(x.shape)}")
     if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+        raise ValueError(f"{name} must be {dtype}, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} but the samples are on {device}")
 
@@ -88,6 +88,6 @@ def check_table(name: str, x: Tensor, device: torch.device) -> None:
     if x.dim() != 1:
         raise ValueError(f"{name} must be a table [T], got shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 (alpha_bar in 16 bits spoils the noise levels), got {x.dtype}")
+        raise ValueError(f"{name} must be float32 (alpha_bar in 16 bits spoils the noise levels), got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} but the samples are on {device}")

@@ -88,7 +88,7 @@ def draw_timesteps(
     ordinals: int64 [N], the samples' positions in the sequence of samples consumed. num_timesteps: T in [1, 2^31].
     Returns t, int64 [N], uniform over 0..T-1, and flip, bool [N], true for half of the samples:
     t = (w0 T) >> 32 of quad 0 at Stream.TIMESTEP, flip = top bit of w0 of quad 0 at Stream.FLIP. No gradients.
-    Raises ValueError or TypeError for a seed, T or ordinals out of shape or range.
+    Raises ValueError for a seed, T or ordinals out of shape or range.
     """
     check_ordinals("ordinals", ordinals)
     split_seed(seed)
@@ -146,7 +146,7 @@ def draw_normal(
     ordinals: int64 [N]; shape: (C, H, W); stream: a `Stream` (or a whole `stream_tag`). step None: the counter holds
     the 64-bit ordinal. step an int in [0, 2^32): c1 = ordinal (low 32 bits) and c2 = step, the address of the noise of
     reverse step number `step` of image number `ordinal`. channels_last chooses the memory format and changes no value.
-    No gradients. Raises ValueError or TypeError for arguments out of shape or range.
+    No gradients. Raises ValueError for arguments out of shape or range.
     """
     check_ordinals("ordinals", ordinals)
     split_seed(seed)
@@ -157,7 +157,7 @@ def draw_normal(
     if not 0 <= int(stream) <= MASK:
         raise ValueError(f"stream must be in [0, 2^32), got {stream}")
     if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point, got {dtype}")
+        raise ValueError(f"dtype must be floating point, got {dtype}")
     num_channels, height, width = shape
     impl = resolve_impl(impl, ordinals.device)
     return _draw_normal_op(ordinals, num_channels, height, width, seed, int(stream), step, channels_last, dtype, impl)

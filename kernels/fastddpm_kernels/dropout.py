@@ -56,11 +56,11 @@ def dropout(x: Tensor, p: float, ordinals: Tensor, *, layer: int, seed: int, imp
     x [N, C, H, W] floating point; elements are counted in H, W, C order whatever the memory format. p in [0, 1);
     ordinals int64 [N] on x's device; layer: the index of the dropout layer, 0 to 65535. Differentiable in x (the mask
     is kept, one byte an element). Returns x's dtype and memory format. With p = 0 it returns x itself. impl says how
-    the mask is drawn. Raises ValueError or TypeError for arguments out of shape or range.
+    the mask is drawn. Raises ValueError for arguments out of shape or range.
     """
     check_images("x", x)
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+        raise ValueError(f"x must be floating point, got {x.dtype}")
     check_per_sample("ordinals", ordinals, x.shape[0], torch.int64, x.device)
     split_seed(seed)
     threshold = dropout_threshold(p)

@@ -56,8 +56,8 @@ def group_norm_silu(
     floating point, both or none: FiLM. p, ordinals int64 [N], layer, seed: dropout of y with `dropout`'s own mask.
 
     y [N, C, H, W] and total have x's dtype and are channels_last. Differentiable once, in all floating-point tensors,
-    each gradient in its tensor's dtype. Results do not depend on the batch. Raises ValueError or TypeError for
-    arguments out of shape, layout, range or dtype.
+    each gradient in its tensor's dtype. Results do not depend on the batch. Raises ValueError for an argument out of
+    shape, layout, range, dtype or device, and names it.
     """
     threshold, tag = _check(
         x, weight, bias, num_groups, eps, add, residual, skip, scale, shift, p, ordinals, layer, seed
@@ -157,13 +157,23 @@ def group_norm_silu_backward(
     """The gradients of `group_norm_silu` per sample, which autograd sums; here for tests and benchmarks.
 
     x: x, or total where there was a residual, with dtotal [N, C1, H, W] or None and add None. mean, rstd
-    [N, num_groups]: the forward's. Returns those that apply of dx, dskip, (dweight, dbias) [N, 2, C], (dscale, dshift)
-    [N, 2, C] and dadd [N, C1].
+    [N, num_groups] fp32 (float64 for the reference): the forward's. dy [N, C, H, W] and dtotal have x's dtype and any
+    layout. Returns those that apply of dx, dskip, (dweight, dbias) [N, 2, C], (dscale, dshift) [N, 2, C] and dadd
+    [N, C1]. Raises ValueError as `group_norm_silu` does.
     """
+    threshold, tag = _check(x, weight, bias, num_groups, 1.0, add, None, skip, scale, shift, p, ordinals, layer, seed)
+    for name, gradient, num_channels in (("dy", dy, weight.shape[0]), ("dtotal", dtotal, x.shape[1])):
+        if gradient is not None:
+            _check_like(name, gradient, (x.shape[0], num_channels, *x.shape[2:]), x)
+    for name, statistics in (("mean", mean), ("rstd", rstd)):
+        _check_rows(name, statistics, ((x.shape[0], num_groups),), x)
+        if statistics.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32, as the forward makes it, got {statistics.dtype}")
+    impl = resolve_impl(impl, x.device)
+    check_precision(impl, x, weight, bias, add, scale, shift, mean, rstd)
     results = _group_norm_silu_backward_op(
         dy, dtotal, x, weight, bias, add, skip, scale, shift, mean, rstd, ordinals, None,
-        num_groups, silu, dropout_threshold(p), stream_tag(Stream.DROPOUT, layer), seed, with_dadd,
-        resolve_impl(impl, x.device),
+        num_groups, silu, threshold, tag, seed, with_dadd, impl,
     )  # fmt: skip
     return _that_apply(results, skip, scale, with_dadd)
 
@@ -255,18 +265,13 @@ def _check(
     """Validate; returns dropout's threshold and stream tag."""
     check_images("x", x)
     if x.dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        raise ValueError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     num_samples, num_first, height, width = x.shape
     for name, image in (("x", x), ("residual", residual), ("skip", skip)):
         if image is None:
             continue
         check_images(name, image)
-        expected = (num_samples, image.shape[1] if name == "skip" else num_first, height, width)
-        if image.shape != expected:
-            raise ValueError(f"{name} must have shape {list(expected)} to go with x, got {list(image.shape)}")
-        if image.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {image.dtype}")
-        _check_device(name, image, x)
+        _check_like(name, image, (num_samples, image.shape[1] if name == "skip" else num_first, height, width), x)
         # On the meta device convolutions forget the layout.
         if image.device.type != "meta" and not image.is_contiguous(memory_format=torch.channels_last):
             layout = "contiguous NCHW" if image.is_contiguous() else f"a view with strides {image.stride()}"
@@ -298,9 +303,18 @@ def _check(
 def _check_native(x: Tensor) -> None:
     """Raise where the compiled loops for CPUs cannot run."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"impl='native' is for float32 and bfloat16 on a CPU, x is {x.dtype} on {x.device.type}")
+        raise ValueError(f"impl='native' is for float32 and bfloat16 on a CPU, x is {x.dtype} on {x.device.type}")
     if (reason := native.native_available()) is not None:
         raise RuntimeError(f"impl='native' cannot run: {reason}")
+
+
+def _check_like(name: str, image: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless image has the expected shape and x's dtype and device."""
+    if image.shape != expected:
+        raise ValueError(f"{name} must have shape {list(expected)} to go with x, got {list(image.shape)}")
+    if image.dtype != x.dtype:
+        raise ValueError(f"{name} must have x's dtype {x.dtype}, got {image.dtype}")
+    _check_device(name, image, x)
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -314,7 +328,7 @@ def _check_rows(name: str, rows: Tensor, shapes: tuple[tuple[int, ...], ...], x:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {expected}, got {list(rows.shape)}")
     if not rows.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {rows.dtype}")
+        raise ValueError(f"{name} must be floating point, got {rows.dtype}")
     _check_device(name, rows, x)
 
 
@@ -409,7 +423,7 @@ def _run_reference(
     rstd = torch.empty_like(mean)
     keep = _draw_mask(y, ordinals, threshold, tag, seed)
     if y.numel() == 0:
-        return y, total, mean, rstd, keep
+        return y, total, mean.zero_(), rstd.zero_(), keep
     for samples in _chunks(x, num_channels):
         factor, offset, _ = _film(weight, bias, scale, shift, samples, work)
         values = _input(x, add, skip, samples, work)
@@ -461,7 +475,9 @@ def _run_reference_backward(
     if keep is None:
         keep = _draw_mask(dy, ordinals, threshold, tag, seed)
     dx, dskip, daffine, dfilm, dadd = _empty_gradients(x, skip, num_channels, scale is not None, with_dadd, work)
-    for samples in _chunks(x, num_channels) if dy.numel() else ():
+    if dy.numel() == 0:  # sums over no pixels
+        return dx, dskip, daffine.zero_(), dfilm.zero_(), dadd.zero_()
+    for samples in _chunks(x, num_channels):
         factor, offset, film = _film(weight, bias, scale, shift, samples, work)
         spread_rstd = _per_channel(rstd[samples], num_channels)
         d = _input(x, add, skip, samples, work)
@@ -557,6 +573,8 @@ def _run_native(
         x, residual, skip, _rows(add, x.shape[0]), _vector(weight), _vector(bias), _rows(scale), _rows(shift),
         num_groups, eps, silu, threshold, tag, seed, None if ordinals is None else ordinals.contiguous(),
     )  # fmt: skip
+    if y.numel() == 0:
+        mean, rstd = mean.zero_(), rstd.zero_()  # not 0 / 0: the backward's sums over no pixels are 0
     return y, x.new_empty(0) if total is None else total, mean, rstd
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from ._triton import tl, triton
 from .launch import LAUNCH, on_device, seed_words, signed_word
 from .tiles import philox, split_ordinal
 
-# ex2 and rcp on the special-function unit, without the handling of denormals around it: sigmoid in 4 instructions.
+# ex2 and rcp on the special-function unit, without the handling of denormals around it: sigmoid in 4 instructions. By
+# the PTX ISA ex2.approx.ftz of -inf, inf is 0, inf and rcp.approx.ftz of inf is 0, so that -inf and every z below -88
+# (where the power overflows, or its reciprocal is a denormal) give 0, inf gives 1, and NaN passes all four.
 SIGMOID_ASM = tl.constexpr("""{
     .reg .f32 power;
     mul.ftz.f32 power, $1, 0fBFB8AA3B;
@@ -30,12 +33,17 @@ SIGMOID_ASM = tl.constexpr("""{
     add.ftz.f32 power, power, 0f3F800000;
     rcp.approx.ftz.f32 $0, power;
 }""")
+# Arguments of any alignment: read once a program, they are not worth another compilation (2 % more instructions at
+# most). All others lie at multiples of 16 bytes (see `_aligned`), so that a kernel is compiled once and adds up in one
+# order wherever its tensors lie.
+ANY_ALIGNMENT = ["add_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr", "ordinals_ptr"]
 SCALARS = ["add_stride", "scale_stride", "shift_stride", "threshold", "tag", "seed_low", "seed_high"]
 # Elements of the largest tile that stays on chip, and of a thread. 32 in the backward, which holds two tensors: 64
 # would spill. 16 in the loops of the second way, whose accumulators are another two values an element.
 ONE_PASS_ELEMENTS = 16384
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS, LOOP_ELEMENTS = 64, 32, 16
 TILE_CHANNELS = 64  # of the second way: whole lines of 128 bytes in 16-bit types
+COMPARISONS = 4096  # of sums over groups, each channel (or run of them) with each; fewer in small tiles: 1 warp spills
 SPLIT_ELEMENTS = 32768  # of one program of the second way: the sums over its threads cost as much as 40 elements each
 
 
@@ -117,6 +125,7 @@ def _read_input(
     c,
     first,
     mask,
+    mask_c,
     C1: tl.constexpr,
     C2: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -127,7 +136,7 @@ def _read_input(
     """A tile of what is normalised, fp32. With a residual it is an output too, and rounded as that output is."""
     x = _read(x_ptr, skip_ptr, rows, c, first, mask, C1, C2, SOURCES, VECTOR)
     if ADD:
-        x += tl.load(add_ptr + c, mask=c < C1, other=0).to(tl.float32)[None, :]
+        x += tl.load(add_ptr + c, mask=mask_c & (c < C1), other=0).to(tl.float32)[None, :]
     if RESIDUAL:
         offs = _runs(rows * C1 + c[None, :], VECTOR)
         mask_1 = _first_source(mask, c, C1, SOURCES)
@@ -251,30 +260,31 @@ def _finish_sums(
     BUNDLE: tl.constexpr,
     FILM: tl.constexpr,
 ):
-    """Write one sample's gradients of the parameters; returns k_1, k_2 of dx = factor rstd du - k_1 - k_2 d."""
+    """Write one sample's gradients of the parameters; returns a, k_1, k_2 of dx = a du - k_1 - k_2 d."""
     # Read again (.ca tells the compiler that these are other loads): held since the tile was read they would spill.
-    weight = tl.load(weight_ptr + c, mask=mask, other=0, cache_modifier=".ca").to(tl.float32)
     rstd = tl.load(rstd_ptr + c // GROUP, mask=mask, other=0, cache_modifier=".ca")
     dun_sum = dud_sum * rstd
-    factor = weight
     if FILM:
-        bias = tl.load(bias_ptr + c, mask=mask, other=0, cache_modifier=".ca").to(tl.float32)
         film = 1.0 + tl.load(scale_ptr + c, mask=mask, other=0, cache_modifier=".ca").to(tl.float32)
-        factor *= film
         tl.store(daffine_ptr + c, dun_sum * film, mask=mask)
         tl.store(daffine_ptr + C + c, du_sum * film, mask=mask)
+        tl.debug_barrier()  # weight and bias are read after film is used: with all three at once it would spill
+        weight = tl.load(weight_ptr + c, mask=mask, other=0, cache_modifier=".ca").to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask=mask, other=0, cache_modifier=".ca").to(tl.float32)
         tl.store(dfilm_ptr + c, dun_sum * weight + du_sum * bias, mask=mask)
         tl.store(dfilm_ptr + C + c, du_sum, mask=mask)
+        factor = weight * film
     else:
+        factor = tl.load(weight_ptr + c, mask=mask, other=0, cache_modifier=".ca").to(tl.float32)
         tl.store(daffine_ptr + c, dun_sum, mask=mask)
         tl.store(daffine_ptr + C + c, du_sum, mask=mask)
     share = rstd * (1.0 / (GROUP * PLANE))
     k_1 = share * _over_group(_fold(factor * du_sum, FOLD), GROUP, FOLD, BUNDLE)
     k_2 = share * rstd * _over_group(_fold(factor * dun_sum, FOLD), GROUP, FOLD, BUNDLE)
-    return k_1, k_2
+    return factor * rstd, k_1, k_2
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _group_norm_kernel(
     x_ptr,  # [N, PLANE, C1]
     residual_ptr,  # [N, PLANE, C1]
@@ -327,7 +337,7 @@ def _group_norm_kernel(
     mask = tl.full((ROWS, CHANNELS), True, tl.int1) if EVEN else (rows < PLANE) & mask_c[None, :]
     x = _read_input(
         x_ptr + n * (PLANE * C1), residual_ptr + n * (PLANE * C1), skip_ptr + n * (PLANE * C2),
-        add_ptr + n * add_stride, total_ptr + n * (PLANE * C1), rows, c, first, mask,
+        add_ptr + n * add_stride, total_ptr + n * (PLANE * C1), rows, c, first, mask, mask_c,
         C1, C2, SOURCES, VECTOR, ADD, RESIDUAL,
     )  # fmt: skip
     if ADD and not EVEN:
@@ -340,6 +350,7 @@ def _group_norm_kernel(
     # The mean of d is what rounding left in the pivot: with it the result is right at any ratio of mean to deviation.
     rest = _over_group(_tile_sums(d, FOLD), GROUP, FOLD, BUNDLE) * share
     variance = _over_group(_tile_sums(d * d, FOLD), GROUP, FOLD, BUNDLE) * share - rest * rest
+    variance = tl.where(variance < 0.0, 0.0, variance)  # of equal values, by rounding; NaN stays
     rstd = 1.0 / tl.sqrt(variance + EPS)
     statistics = n * (C // GROUP) + c // GROUP
     tl.store(mean_ptr + statistics, pivot + rest, mask=mask_c & (c % GROUP == 0))
@@ -359,7 +370,7 @@ def _group_norm_kernel(
     tl.store(y_ptr + n * (PLANE * C) + _runs(rows * C + c[None, :], VECTOR), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _group_norm_backward_kernel(
     dy_ptr,  # [N, PLANE, C]
     dtotal_ptr,  # [N, PLANE, C1], read if DTOTAL
@@ -423,19 +434,20 @@ def _group_norm_backward_kernel(
     du = tl.load(dy_ptr + n * (PLANE * C) + _runs(rows * C + c[None, :], VECTOR), mask=mask, other=0).to(tl.float32)
     d = _read_input(
         x_ptr + n * (PLANE * C1), x_ptr, skip_ptr + n * (PLANE * C2), add_ptr + n * add_stride, x_ptr,
-        rows, c, first, mask, C1, C2, SOURCES, VECTOR, ADD, False,
+        rows, c, first, mask, mask_c, C1, C2, SOURCES, VECTOR, ADD, False,
     ) - mean[None, :]  # fmt: skip
     if DROP:
         du = _drop(
             du, rows, c, first, ordinals_ptr, n, threshold, tag, seed_low, seed_high, C, CHANNELS, RUNS
         )  # fmt: skip
     du = _gradient_of_u(d, du, factor * rstd, offset, SILU, FAST)
-    k_1, k_2 = _finish_sums(
+    # The factor comes back from there: held over the sums it would spill.
+    factor, k_1, k_2 = _finish_sums(
         tl.sum(du, 0), tl.sum(du * d, 0), weight_ptr, bias_ptr, scale_ptr + n * scale_stride,
         rstd_ptr + n * (C // GROUP), daffine_ptr + n * (2 * C), dfilm_ptr + n * (2 * C), c, mask_c,
         C, PLANE, GROUP, FOLD, BUNDLE, FILM,
     )  # fmt: skip
-    dx = du * (factor * rstd)[None, :] - (d * k_2[None, :] + k_1[None, :])
+    dx = du * factor[None, :] - (d * k_2[None, :] + k_1[None, :])
     if DTOTAL:
         mask_1 = _first_source(mask, c, C1, SOURCES)
         offs = _runs(rows * C1 + c[None, :], VECTOR)
@@ -445,7 +457,7 @@ def _group_norm_backward_kernel(
         tl.store(dadd_ptr + n * C1 + c, tl.sum(dx if EVEN else tl.where(mask, dx, 0.0), 0), mask=mask_c & (c < C1))
 
 
-@triton.jit(do_not_specialize=["add_stride"])
+@triton.jit(do_not_specialize=["add_stride"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _statistics_kernel(
     x_ptr,  # [N, PLANE, C1]
     residual_ptr,  # [N, PLANE, C1]
@@ -484,7 +496,7 @@ def _statistics_kernel(
         mask = tl.full((ROWS, CHANNELS), True, tl.int1) if EVEN else (rows < PLANE) & (c < C)[None, :]
         x = _read_input(
             x_ptr + n * (PLANE * C1), residual_ptr + n * (PLANE * C1), skip_ptr + n * (PLANE * C2),
-            add_ptr + n * add_stride, total_ptr + n * (PLANE * C1), rows, c, first, mask,
+            add_ptr + n * add_stride, total_ptr + n * (PLANE * C1), rows, c, first, mask, c < C,
             C1, C2, SOURCES, VECTOR, ADD, RESIDUAL,
         )  # fmt: skip
         delta = x - mean
@@ -547,7 +559,7 @@ def _merge_statistics_kernel(
     tl.store(rstd_ptr + statistics, 1.0 / tl.sqrt(variance + EPS), mask=mask_c & (c % GROUP == 0))
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _apply_kernel(
     x_ptr,  # [N, PLANE, C1]: x, or total
     skip_ptr,  # [N, PLANE, C2]
@@ -603,7 +615,7 @@ def _apply_kernel(
         mask = tl.full((ROWS, CHANNELS), True, tl.int1) if EVEN else (rows < PLANE) & (c < C)[None, :]
         x = _read_input(
             x_ptr + n * (PLANE * C1), x_ptr, skip_ptr + n * (PLANE * C2), add_ptr + n * add_stride, x_ptr,
-            rows, c, first, mask, C1, C2, SOURCES, VECTOR, ADD, False,
+            rows, c, first, mask, c < C, C1, C2, SOURCES, VECTOR, ADD, False,
         )  # fmt: skip
         y = (x - mean[None, :]) * factor[None, :] + offset[None, :]
         if SILU:
@@ -616,7 +628,7 @@ def _apply_kernel(
         tl.store(y_ptr + n * (PLANE * C) + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _backward_sums_kernel(
     dy_ptr,  # [N, PLANE, C]
     x_ptr,  # [N, PLANE, C1]: x, or total
@@ -678,7 +690,7 @@ def _backward_sums_kernel(
         du = tl.load(dy_ptr + n * (PLANE * C) + offs, mask=mask, other=0).to(tl.float32)
         d = _read_input(
             x_ptr + n * (PLANE * C1), x_ptr, skip_ptr + n * (PLANE * C2), add_ptr + n * add_stride, x_ptr,
-            rows, c, first, mask, C1, C2, SOURCES, VECTOR, ADD, False,
+            rows, c, first, mask, c < C, C1, C2, SOURCES, VECTOR, ADD, False,
         ) - mean[None, :]  # fmt: skip
         if DROP:
             du = _drop(
@@ -692,7 +704,7 @@ def _backward_sums_kernel(
     tl.store(dud_sums_ptr + offs, tl.sum(dud_sum, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
+@triton.jit(do_not_specialize=["scale_stride"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _merge_sums_kernel(
     du_sums_ptr,  # [N, SPLITS, C]
     dud_sums_ptr,  # [N, SPLITS, C]
@@ -724,7 +736,7 @@ def _merge_sums_kernel(
     splits = tl.arange(0, PADDED_SPLITS)[:, None]
     mask = (splits < SPLITS) & mask_c[None, :]
     offs = (n * SPLITS + splits) * C + c[None, :]
-    k_1, k_2 = _finish_sums(
+    _, k_1, k_2 = _finish_sums(
         tl.sum(tl.load(du_sums_ptr + offs, mask=mask, other=0), 0),
         tl.sum(tl.load(dud_sums_ptr + offs, mask=mask, other=0), 0), weight_ptr, bias_ptr, scale_ptr + n * scale_stride,
         rstd_ptr + n * (C // GROUP), daffine_ptr + n * (2 * C), dfilm_ptr + n * (2 * C), c, mask_c,
@@ -734,7 +746,7 @@ def _merge_sums_kernel(
     tl.store(k_2_ptr + n * C + c, k_2, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _backward_apply_kernel(
     dy_ptr,  # [N, PLANE, C]
     dtotal_ptr,  # [N, PLANE, C1], read if DTOTAL
@@ -803,7 +815,7 @@ def _backward_apply_kernel(
         du = tl.load(dy_ptr + n * (PLANE * C) + offs, mask=mask, other=0).to(tl.float32)
         d = _read_input(
             x_ptr + n * (PLANE * C1), x_ptr, skip_ptr + n * (PLANE * C2), add_ptr + n * add_stride, x_ptr,
-            rows, c, first, mask, C1, C2, SOURCES, VECTOR, ADD, False,
+            rows, c, first, mask, c < C, C1, C2, SOURCES, VECTOR, ADD, False,
         ) - mean[None, :]  # fmt: skip
         if DROP:
             du = _drop(
@@ -900,9 +912,11 @@ class Cut:
 
     def warps(self, elements: int, threshold: int = 0) -> dict[str, Any]:
         """Options of a launch whose threads have that many elements of a tile."""
+        most = 16
         if threshold and not self.runs()["RUNS"]:
-            elements = min(elements, LOOP_ELEMENTS)  # with four words of noise to every element
-        return {**LAUNCH, "num_warps": _warps(self.ROWS * self.CHANNELS, elements)}
+            # With four words of noise to every element; 16 warps would leave 128 registers each, and spill.
+            elements, most = min(elements, LOOP_ELEMENTS), 8
+        return {**LAUNCH, "num_warps": min(most, _warps(self.ROWS * self.CHANNELS, elements))}
 
 
 def _power_of_2(size: int) -> int:
@@ -924,12 +938,21 @@ def _warps(elements: int, elements_per_thread: int) -> int:
     return min(16, max(1, elements // (_threads() * elements_per_thread)))
 
 
-def cut(num_channels: int, num_skip_channels: int, plane: int, num_groups: int, item_bytes: int) -> Cut:
+@lru_cache(maxsize=4096)
+def cut(
+    num_channels: int,
+    num_skip_channels: int,
+    plane: int,
+    num_groups: int,
+    item_bytes: int,
+    threads: int = launch.WARP,  # of a warp
+) -> Cut:
     """One pass where whole groups fit on chip without much of the tile idle, else two."""
     channels = num_channels + num_skip_channels
     if channels * plane > 2**30:  # offsets within a sample are 32 bits wide
         raise ValueError(f"a sample of {channels * plane} elements is too large for the kernels: the limit is 2^30")
     group, rows = channels // num_groups, _power_of_2(plane)
+    fold = _vector(group)
     best, bundle = (0.0, 0.0), 0
     for candidate in range(group, channels + 1, group):
         tile = _power_of_2(candidate)
@@ -937,6 +960,9 @@ def cut(num_channels: int, num_skip_channels: int, plane: int, num_groups: int, 
             continue
         if _vector(candidate) < _vector(num_channels, num_skip_channels):
             continue  # narrower loads and stores
+        comparisons = 0 if candidate == group or fold == group else (tile // fold) ** 2
+        if comparisons > min(COMPARISONS, max(1024, 2 * rows * tile)):
+            continue
         used = channels / (-(-channels // candidate) * tile)
         if candidate * item_bytes % 32:
             used *= 0.9  # sectors shared with the neighbouring program
@@ -945,7 +971,7 @@ def cut(num_channels: int, num_skip_channels: int, plane: int, num_groups: int, 
         return Cut(num_channels, num_skip_channels, plane, group, _power_of_2(bundle), rows, bundle)
     sizes = [size for size in (TILE_CHANNELS, 2 * TILE_CHANNELS, TILE_CHANNELS // 2) if size < 2 * channels]
     tile = min(sizes or [_power_of_2(channels)], key=lambda size: -(-channels // size) * size)
-    rows = min(rows, max(1, 4 * _threads() * LOOP_ELEMENTS // tile))
+    rows = min(rows, max(1, 4 * threads * LOOP_ELEMENTS // tile))
     num_blocks = -(-plane // rows)
     most_splits = min(64, max(1, 2 * ONE_PASS_ELEMENTS // _power_of_2(group)))
     blocks = max(-(-num_blocks // most_splits), min(num_blocks, max(1, SPLIT_ELEMENTS // (rows * tile))))
@@ -954,13 +980,20 @@ def cut(num_channels: int, num_skip_channels: int, plane: int, num_groups: int, 
 
 def _cut_of(x: Tensor, skip: Tensor | None, num_groups: int) -> Cut:
     num_skip_channels = 0 if skip is None else skip.shape[1]
-    return cut(x.shape[1], num_skip_channels, x.shape[2] * x.shape[3], num_groups, x.element_size())
+    return cut(x.shape[1], num_skip_channels, x.shape[2] * x.shape[3], num_groups, x.element_size(), _threads())
 
 
 def empty_images(x: Tensor, num_channels: int) -> Tensor:
     """[N, num_channels, H, W] like x, channels_last, not initialised."""
     shape = (x.shape[0], num_channels, x.shape[2], x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, images or rows, or a copy where it does not start at a multiple of 16 bytes."""
+    if x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
 def _rows(x: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
@@ -990,28 +1023,32 @@ def launch_group_norm_silu(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total (empty without a residual), mean and rstd [N, num_groups] fp32: one launch, or three."""
-    pieces = _cut_of(x, skip, num_groups)
     num_samples = x.shape[0]
-    y = empty_images(x, pieces.C)
-    total = x.new_empty(0) if residual is None else empty_images(x, pieces.C1)
-    mean, rstd = (torch.empty(num_samples, num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    y = empty_images(x, weight.shape[0])
+    total = x.new_empty(0) if residual is None else empty_images(x, x.shape[1])
+    mean, rstd = (torch.empty(num_samples, num_groups, **like) for _ in range(2))
     if y.numel() == 0:
-        return y, total, mean, rstd
+        return y, total, mean.zero_(), rstd.zero_()
+    pieces = _cut_of(x, skip, num_groups)
+    x = _aligned(x)
+    with_residual = residual is not None
+    residual = x if residual is None else _aligned(residual)
+    second = x if skip is None else _aligned(skip)
     weight, bias = weight.contiguous(), bias.contiguous()
     (add_rows, add_stride), (scale_rows, scale_stride), (shift_rows, shift_stride) = (
         _rows(rows, x) for rows in (add, scale, shift)
     )
     film = (scale_rows, shift_rows)
-    second = x if skip is None else skip
     drawn = x if ordinals is None else ordinals.contiguous()
     words = (threshold, signed_word(tag), *seed_words(seed))
     options = {"FAST": launch.is_fast(x.device), "FILM": scale is not None, "SILU": silu, "DROP": threshold > 0}
-    source = {"ADD": add is not None, "RESIDUAL": residual is not None}
+    source = {"ADD": add is not None, "RESIDUAL": with_residual}
     with on_device(x):
         if pieces.one_pass:
             _group_norm_kernel[(num_samples * pieces.TILES,)](
                 x,
-                x if residual is None else residual,
+                residual,
                 second,
                 add_rows,
                 weight,
@@ -1035,13 +1072,12 @@ def launch_group_norm_silu(
                 **pieces.warps(FORWARD_ELEMENTS, threshold),
             )
             return y, total, mean, rstd
-        means, squares = torch.empty(
-            2, num_samples, pieces.SPLITS, pieces.C, dtype=torch.float32, device=x.device
-        ).unbind()
+        # Each by itself: the second of two in one tensor might start anywhere.
+        means, squares = (torch.empty(num_samples, pieces.SPLITS, pieces.C, **like) for _ in range(2))
         grid, loop = (num_samples * pieces.TILES * pieces.SPLITS,), {**pieces.sizes(), **pieces.loop()}
         _statistics_kernel[grid](
             x,
-            x if residual is None else residual,
+            residual,
             second,
             add_rows,
             total,
@@ -1064,7 +1100,7 @@ def launch_group_norm_silu(
             **{**LAUNCH, "num_warps": max(4, _warps(merge["PADDED_SPLITS"] * merge["CHANNELS"], LOOP_ELEMENTS))},
         )
         _apply_kernel[grid](
-            x if residual is None else total,
+            total if with_residual else x,
             second,
             add_rows,
             weight,
@@ -1082,7 +1118,7 @@ def launch_group_norm_silu(
             **loop,
             **pieces.runs(),
             **options,
-            ADD=add is not None and residual is None,
+            ADD=add is not None and not with_residual,
             **pieces.warps(LOOP_ELEMENTS),
         )
     return y, total, mean, rstd
@@ -1114,25 +1150,27 @@ def launch_group_norm_silu_backward(
     x is what was normalised before add: x, or total with add None. Results that do not apply are empty. One launch,
     or three.
     """
-    pieces = _cut_of(x, skip, num_groups)
-    num_samples = x.shape[0]
+    num_samples, num_channels = x.shape[0], weight.shape[0]
     like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    dx = empty_images(x, pieces.C1)
-    dskip = x.new_empty(0) if skip is None else empty_images(x, pieces.C2)
-    daffine = torch.empty(num_samples, 2, pieces.C, **like)
-    dfilm = torch.empty(num_samples if scale is not None else 0, 2, pieces.C, **like)
-    splits = 1 if pieces.one_pass else pieces.SPLITS
-    dadd = torch.empty(num_samples if with_dadd else 0, splits, pieces.C1, **like)
-    if dy.numel() == 0:
-        return dx, dskip, daffine, dfilm, dadd[:, 0]
+    dx = empty_images(x, x.shape[1])
+    dskip = x.new_empty(0) if skip is None else empty_images(x, skip.shape[1])
+    daffine = torch.empty(num_samples, 2, num_channels, **like)
+    dfilm = torch.empty(num_samples if scale is not None else 0, 2, num_channels, **like)
+    if dy.numel() == 0:  # sums over no pixels
+        dadd = torch.zeros(num_samples if with_dadd else 0, x.shape[1], **like)
+        return dx, dskip, daffine.zero_(), dfilm.zero_(), dadd
+    pieces = _cut_of(x, skip, num_groups)
+    dadd = torch.empty(num_samples if with_dadd else 0, pieces.SPLITS, pieces.C1, **like)
+    dy, x = _aligned(dy), _aligned(x)
+    passed = dy if dtotal is None else _aligned(dtotal)
+    second = x if skip is None else _aligned(skip)
+    mean, rstd = _aligned(mean.contiguous()), _aligned(rstd.contiguous())
     weight, bias = weight.contiguous(), bias.contiguous()
     (add_rows, add_stride), (scale_rows, scale_stride), (shift_rows, shift_stride) = (
         _rows(rows, x) for rows in (add, scale, shift)
     )
     film = (scale_rows, shift_rows)
-    second = x if skip is None else skip
     second_gradient = dx if skip is None else dskip
-    passed = dy if dtotal is None else dtotal
     drawn = x if ordinals is None else ordinals.contiguous()
     scalars = (add_stride, scale_stride, shift_stride, threshold, signed_word(tag), *seed_words(seed))
     options = {
@@ -1171,8 +1209,8 @@ def launch_group_norm_silu_backward(
                 **pieces.warps(BACKWARD_ELEMENTS, threshold),
             )
             return dx, dskip, daffine, dfilm, dadd[:, 0]
-        sums = torch.empty(2, num_samples, pieces.SPLITS, pieces.C, **like).unbind()
-        k = torch.empty(2, num_samples, pieces.C, **like).unbind()
+        sums = [torch.empty(num_samples, pieces.SPLITS, pieces.C, **like) for _ in range(2)]
+        k = [torch.empty(num_samples, pieces.C, **like) for _ in range(2)]
         grid, loop = (num_samples * pieces.TILES * pieces.SPLITS,), {**pieces.sizes(), **pieces.loop(), **pieces.runs()}
         inputs = (x, second, add_rows, weight, bias, *film, mean, rstd)
         _backward_sums_kernel[grid](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ MAX_GROUP = 48  # elements a thread holds at once; more would spill
 # fifth of the instructions at 8) as far as they matter; unrolling everything would compile for 4 s instead of 0.6.
 ELEMENTS_PER_PASS = 32
 ELEMENTS_PER_THREAD = 64
+INLINE_ASM = os.environ.get("FASTDDPM_INLINE_ASM", "1") != "0"  # False: the code of other GPUs on NVIDIA's too
 # In the interpreter a program costs 15 ms whatever its size: a tile is then the whole sample, unless a test sets this.
 INTERPRETER_GROUPS: int | None = None
 
@@ -114,8 +116,8 @@ def tiles_of(x: Tensor, item_bytes: int, *, flip: bool = False) -> Tiles:
 
 
 def is_fast(device: torch.device) -> bool:
-    """True where the kernels may use NVIDIA's inline assembly."""
-    return device.type == "cuda" and torch.version.hip is None and not interpreting()
+    """True where the kernels may use NVIDIA's inline assembly: on its GPUs, unless FASTDDPM_INLINE_ASM=0."""
+    return INLINE_ASM and device.type == "cuda" and torch.version.hip is None and not interpreting()
 
 
 def signed_word(word: int) -> int:

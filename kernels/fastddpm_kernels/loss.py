@@ -44,7 +44,7 @@ def diffusion_loss(
     prediction [N, C, H, W] floating point, any strides. t, ordinals, the tables, seed, x_0 and flip as `add_noise` was
     given them; x_0 and flip are needed by the targets "x_0" and "v" only. weights fp32 [N] or None (ones).
     Differentiable in prediction, once. A sample's loss does not depend on its batch. `diffusion_loss_and_grad` gives
-    the gradient in the same pass over the data. Raises ValueError or TypeError for arguments out of shape or dtype.
+    the gradient in the same pass over the data. Raises ValueError for arguments out of shape or dtype.
     """
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
@@ -73,7 +73,7 @@ def diffusion_loss_and_grad(
     grad_scale: fp32 tensor with one element on prediction's device (read by the kernel: no synchronisation) or a
     float. The other arguments as for `diffusion_loss`. Returns losses fp32 [N] (not scaled) and grad in prediction's
     dtype and memory format: root the backward at the prediction with it, `torch.autograd.backward(prediction, grad)`.
-    Neither result carries a gradient. Raises ValueError or TypeError for arguments out of shape or dtype.
+    Neither result carries a gradient. Raises ValueError for arguments out of shape or dtype.
     """
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
@@ -258,7 +258,7 @@ def _check(
     """Validate; returns x_0 and flip, dropped where the target does not read them."""
     check_images("prediction", prediction)
     if not prediction.is_floating_point():
-        raise TypeError(f"prediction must be floating point, got {prediction.dtype}")
+        raise ValueError(f"prediction must be floating point, got {prediction.dtype}")
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is not known: use one of {', '.join(TARGETS)}")
     check_noise_arguments(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, flip, seed)

@@ -166,13 +166,13 @@ def add_noise(
     x_0 [N, C, H, W]: uint8 (taken as x / 127.5 - 1) or floating point (taken as it is), any strides. t int64 [N] in
     0..T-1; ordinals int64 [N]; the tables fp32 [T] on x_0's device. flip bool [N] or None: mirror the sample along W
     before noise is added. Returns x_t of the dtype in x_0's memory format (dense); arithmetic is fp32. No gradients.
-    Raises ValueError or TypeError for arguments out of shape, dtype or device; t out of range is not checked on a GPU.
+    Raises ValueError for arguments out of shape, dtype or device; t out of range is not checked on a GPU.
     """
     check_images("x_0", x_0)
     check_noise_arguments(x_0, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, flip, seed)
     check_pixels("x_0", x_0)
     if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point, got {dtype}")
+        raise ValueError(f"dtype must be floating point, got {dtype}")
     impl = resolve_impl(impl, x_0.device)
     check_precision(impl, x_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     return _add_noise_op(x_0, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, flip, dtype, impl)
@@ -269,7 +269,7 @@ def check_noise_arguments(
     flip: Tensor | None,
     seed: int,
 ) -> None:
-    """Raise ValueError or TypeError unless the arguments fit samples x [N, C, H, W]."""
+    """Raise ValueError unless the arguments fit samples x [N, C, H, W]."""
     split_seed(seed)
     check_per_sample("t", t, x.shape[0], torch.int64, x.device)
     check_per_sample("ordinals", ordinals, x.shape[0], torch.int64, x.device)

@@ -117,7 +117,7 @@ def reverse_step(
     numbers below 2^32. z comes from Stream.Z at (image, row) and F must not be negative; where F is 0, z counts for
     nothing (it is always finite).
     history is reserved for multistep solvers and must be None. No gradients.
-    Raises ValueError or TypeError for arguments out of shape or dtype.
+    Raises ValueError for arguments out of shape or dtype.
     """
     check_images("x_t", x_t)
     if history is not None:
@@ -128,15 +128,15 @@ def reverse_step(
             f"on {x_t.device}"
         )
     if not prediction.is_floating_point() or not x_t.is_floating_point():
-        raise TypeError(f"x_t and prediction must be floating point, got {x_t.dtype} and {prediction.dtype}")
+        raise ValueError(f"x_t and prediction must be floating point, got {x_t.dtype} and {prediction.dtype}")
     if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS):
         raise ValueError(f"coefficients must be [S, {len(COLUMNS)}], got {tuple(coefficients.shape)}")
     if coefficients.dtype not in (torch.float32, torch.float64) or coefficients.device != x_t.device:
-        raise TypeError(
+        raise ValueError(
             f"coefficients must be float32 on {x_t.device}, got {coefficients.dtype} on {coefficients.device}"
         )
     if row.numel() != 1 or row.dtype != torch.int64 or row.device != x_t.device:
-        raise TypeError(
+        raise ValueError(
             f"row must be one int64 on {x_t.device}, got {row.dtype} of shape {tuple(row.shape)} on {row.device}"
         )
     check_per_sample("images", images, x_t.shape[0], torch.int64, x_t.device)
