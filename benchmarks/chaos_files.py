@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -28,7 +29,7 @@ from fastddpm.checkpoint import AsyncWriter, Checkpoints, State
 from fastddpm.data import Batch, DataConfig, open_data
 from fastddpm.errors import CheckpointError, DataError
 from fastddpm.files import sha256
-from fastddpm.order import BatchPlan, rows_at
+from fastddpm.order import BatchPlan, LaneOrder, rows_at
 
 from .chaos_runs import (
     BATCH,
@@ -50,64 +51,68 @@ from .chaos_runs import (
 def plan(session: Session) -> None:
     """Virtual ranks: what each of up to 4,096 would read, without processes."""
     worlds = (1, 2, 3, 64, 1024, 4096) if not session.quick else (1, 3, 64)
-    num_images = 50_000
-    for accumulation in (1, 2):
-        with session.count(
-            "plan", f"map-style, ranks {worlds[0]} to {worlds[-1]}, accumulation {accumulation}"
-        ) as count:
-            slowest = 0.0
-            for world in worlds:
-                batch = world * accumulation * max(1, 384 // world)
-                faults, ms = check_plan(batch, world, accumulation, num_images)
-                slowest = max(slowest, ms)
-                count.add(faults + ([f"{ms:.2f} ms per step and rank"] if ms >= 1 else []), f"{world} ranks")
-            count.what += f" (at most {slowest:.2f} ms per step and rank)"
-            count.facts["ms"] = slowest
+    for streamed in (False, True):
+        for accumulation in (1, 2):
+            kind = "streamed" if streamed else "map-style"
+            ranks = f"{worlds[0]} to {worlds[-1]} ranks"
+            with session.count("plan", f"{kind}, {ranks}, accumulation {accumulation}") as count:
+                slowest = 0.0
+                for world in worlds:
+                    batch = world * accumulation * max(1, 128 // world)
+                    faults, ms = check_plan(batch, world, accumulation, 50_000, streamed)
+                    slowest = max(slowest, ms)
+                    count.add(faults + ([f"{ms:.2f} ms per step and rank"] if ms >= 1 else []), f"{world} ranks")
+                count.what += f" (at most {slowest:.2f} ms per step and rank)"
+                count.facts["ms"] = slowest
     _plan_streams(session, worlds)
     with session.count("plan", "fastddpm plan --check, 8 and 4,096 ranks, map-style and streamed") as count:
-        for ranks, streamed in ((8, False), (8, True), (4096, False)):
-            batch = max(BATCH, ranks)
-            options = {
-                "preset": "digits",
-                "batch-size": batch,
-                "data.source": session.parquet(),
-                "data.streaming": streamed or None,
-            }
+        for ranks, streamed in ((8, False), (8, True), (4096, False), (4096, True)):
+            streaming = {"data.source": session.parquet(), "data.streaming": streamed or None}
+            options: dict[str, Any] = {"preset": "digits", "batch-size": max(BATCH, ranks), **streaming}
             command = [sys.executable, "-m", "fastddpm", "plan", *arguments(options), "--ranks", str(ranks), "--check"]
             life = Life(command, surroundings(session.cache), session.folder_of("plan") / "said.err")
             code = life.wait()
             count.add([] if code == 0 else [f"exit {code}: {life.last_words()}"], f"{ranks} ranks")
 
 
-def check_plan(batch: int, world: int, accumulation: int, num_images: int) -> tuple[list[str], float]:
-    """Faults of an epoch's plan of `world` ranks, and the milliseconds of a step on a rank, rows included."""
+def check_plan(
+    batch: int, world: int, accumulation: int, num_images: int, streamed: bool = False
+) -> tuple[list[str], float]:
+    """Faults of what `world` ranks read in some steps and in an epoch; milliseconds of CPU per step and rank."""
     plan, faults = BatchPlan(batch, world, accumulation), []
-    steps = -(-2 * num_images // batch)
-    few = min(steps, max(2, 4096 // world))
-    seen = np.zeros(few * batch, np.int64)
-    rows, calls, spent = [], 0, 0.0
-    for step in range(few):
+    sizes = np.full(100, num_images // 100) + np.where(np.arange(100) % 2, 7, -7)  # row groups are never quite equal
+    lanes = LaneOrder(sizes, math.gcd(batch, 64), 64, seed=7)
+    starts = np.cumsum(sizes) - sizes
+
+    def rows(positions: np.ndarray) -> np.ndarray:
+        if not streamed:
+            return rows_at(positions, num_images, seed=7)
+        place = lanes.locate(positions % lanes.num_lanes, positions // lanes.num_lanes)
+        return np.asarray(starts[place.block] + place.row)
+
+    steps = max(2, 256 // world)
+    seen = np.zeros(steps * batch, np.int64)
+    found, spent = np.zeros(steps * batch, np.int64), 0.0
+    rows(np.zeros(1, np.int64))  # an epoch's blocks are put in order once
+    for step in range(steps):
         for rank in range(world):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             parts = [plan.positions(step, index, rank) for index in range(accumulation)]
-            named = [rows_at(part, num_images, seed=7) for part in parts]
-            spent += time.perf_counter() - begin
-            calls += 1
-            for part in parts:
+            named = [rows(part) for part in parts]
+            spent += time.thread_time() - begin
+            for part, name in zip(parts, named, strict=True):
                 np.add.at(seen, part, 1)
-            rows += named
+                found[part] = name
     if not (seen == 1).all():
         faults.append(f"{int((seen != 1).sum())} positions are not read exactly once")
-    epoch = np.concatenate(
-        [rows_at(np.arange(a, min(a + batch, num_images)), num_images, seed=7) for a in range(0, num_images, batch)]
-    )
-    if not np.array_equal(np.sort(epoch), np.arange(num_images)):
-        faults.append("an epoch does not hold each row once")
-    inside = np.concatenate(rows)
-    whole = rows_at(np.arange(few * batch), num_images, seed=7)
-    if not np.array_equal(np.sort(inside), np.sort(whole)):
+    if not np.array_equal(found, rows(np.arange(steps * batch))):
         faults.append("the ranks' rows are not those of the positions")
-    return faults, 1e3 * spent / calls
+    kept = num_images if not streamed else lanes.length * lanes.num_lanes
+    for epoch in (0, 1):
+        each = rows(np.arange(epoch * kept, (epoch + 1) * kept))
+        if len(np.unique(each)) != kept or num_images - kept >= lanes.num_lanes:
+            faults.append(f"epoch {epoch} has {len(np.unique(each))} rows of {num_images}, and {kept} places")
+    return faults, 1e3 * spent / (steps * world)
 
 
 def _plan_streams(session: Session, worlds: Sequence[int]) -> None:

@@ -550,6 +550,7 @@ def _record_state(path: Path) -> None:
         trainer = named["self"]
         moments = [m for line in trainer.train_step.lines for m in trainer.optimizer.state.get(line, {}).values()]
         tensors = [*trainer.weights, *trainer.averages, *moments]
+        tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]  # its own shard
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
@@ -583,6 +584,7 @@ def _count_bytes(path: Path) -> None:
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations, and ours are strings
         sent["gradients"] += bucket.buffer().nbytes
+        sent["others"] -= bucket.buffer().nbytes  # it goes through all_reduce, which is counted below
         return allreduce_hook(state, bucket)
 
     def prepared(plain: Callable[..., Any], named: dict[str, Any], args: Any, kwargs: Any) -> None:

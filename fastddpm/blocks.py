@@ -525,7 +525,9 @@ def project_embedding(embedding: Tensor, blocks: list[ResnetBlock], shared: Shar
     weight = shared.cast(embedding.dtype, *(layer.weight for layer in layers))
     bias = shared.cast(layers[0].bias.dtype, *(layer.bias for layer in layers))
     if shared.folds_bias(embedding) and not blocks[0].scale_shift:
-        bias = bias + shared.cast(bias.dtype, *(block.conv1.bias for block in blocks))
+        # A sum hands one gradient to both terms, and the fused optimiser clips in place what it reads: the factor gives
+        # the second term a gradient of its own.
+        bias = bias + 1.0 * shared.cast(bias.dtype, *(block.conv1.bias for block in blocks))
     together = F.linear(embedding, weight, bias.to(embedding.dtype))
     return together.split([layer.out_features for layer in layers], dim=1)
 

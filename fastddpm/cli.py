@@ -248,7 +248,14 @@ def plan(args: list[str]) -> int:
     command = parse(PlanCommand, args, "fastddpm plan", PlanCommand(base), valid)
     from .plan import run_plan
 
-    return run_plan(command)
+    return run_plan(
+        command.config,
+        ranks=command.ranks,
+        first_step=command.first_step,
+        num_steps=command.num_steps,
+        check=command.check,
+        as_json=command.json,
+    )
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "replay": replay, "sample": sample, "plan": plan}

@@ -71,14 +71,14 @@ class Decoder(NamedTuple):
         labels = table.column(self.label_column).to_pylist()
         return [(image, -1 if label is None else int(label)) for image, label in zip(images, labels, strict=True)]
 
-    def pixels(self, image: Any, where: str) -> np.ndarray:
-        """uint8 [H, W, C] of an undecoded image; BadImage, which names it by its path and `where`."""
+    def pixels(self, image: Any, row: int, name_row: Callable[[int], str]) -> np.ndarray:
+        """uint8 [H, W, C] of the undecoded image of a row; BadImage, which names it by its path and the row's name."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PIL's, about oversized images and damaged metadata
                 return decode_image(_read_bytes(image), self.size, self.channels, self.fit, self.background)
         except ImageProblem as problem:
-            path = _path(image)
+            path, where = _path(image), name_row(row)
             name = f"image {path} ({where})" if path else f"the image of {where}"
             raise BadImage(f"{name} {problem}") from problem
 
@@ -218,7 +218,7 @@ class MapReader(TorchDataset):
         for i, (row, (image, label)) in enumerate(zip(rows, self.decoder.values(table), strict=True)):
             labels[i] = label
             try:
-                images[i] = self.decoder.pixels(image, self.name_row(row))
+                images[i] = self.decoder.pixels(image, row, self.name_row)
             except BadImage as problem:
                 if not self.skip:
                     raise
@@ -338,7 +338,7 @@ class StreamReader(IterableDataset):
         )
 
     def _pixels(self, example: Example) -> np.ndarray:
-        return self.decoders[example.source].pixels(example.image, self.name_row(example.row))
+        return self.decoders[example.source].pixels(example.image, example.row, self.name_row)
 
     def _instead(self, reader: LaneReader, index: int, message: str) -> tuple[Example, np.ndarray]:
         for attempt in range(1, MAX_ATTEMPTS + 1):

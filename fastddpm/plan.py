@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,30 +13,27 @@ from .data import ImageData, open_data
 from .errors import ConfigError, DataError
 from .order import BatchPlan
 
-if TYPE_CHECKING:
-    from .cli import PlanCommand
 
+def run_plan(config: Config, *, ranks: int, first_step: int, num_steps: int, check: bool, as_json: bool) -> int:
+    """Print what `config` reads as a whole and in steps first_step .. first_step + num_steps - 1 on `ranks` processes.
 
-def run_plan(command: PlanCommand) -> int:
-    """Print the plan of `command`.
+    check: work through an epoch as well (check_plan). as_json: one JSON object instead of lines.
 
     Raises:
         ConfigError: the config cannot be run, or not on so many ranks.
         DataError: the data cannot be opened, or (with check) the plan does not give each image to one rank once.
     """
-    config = command.config
     config.check()
-    if command.ranks < 1 or command.first_step < 0 or command.num_steps < 0:
+    if ranks < 1 or first_step < 0 or num_steps < 0:
         raise ConfigError(
-            f"ranks {command.ranks}, first-step {command.first_step}, num-steps {command.num_steps}: at least one rank "
-            "and no negative steps"
+            f"ranks {ranks}, first-step {first_step}, num-steps {num_steps}: at least one rank and no negative steps"
         )
-    plan = BatchPlan(config.batch_size, command.ranks, config.accumulation)
+    plan = BatchPlan(config.batch_size, ranks, config.accumulation)
     data = open_data(config.data, config.model.image_size, config.model.in_channels)
-    header = describe(config, data, command.ranks)
-    header["check"] = check_plan(config, data, plan) if command.check else None
-    steps = micro_batches(config, data, plan, range(command.first_step, command.first_step + command.num_steps))
-    if command.json:
+    header = describe(config, data, ranks)
+    header["check"] = check_plan(config, data, plan) if check else None
+    steps = micro_batches(config, data, plan, range(first_step, first_step + num_steps))
+    if as_json:
         print(json.dumps(header | {"micro_batches": list(steps)}, indent=2))
         return 0
     for name, value in header.items():

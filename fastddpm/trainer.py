@@ -21,7 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from .checkpoint import Checkpoints, State, load_into, load_optimizer, optimizer_tensors
+from .checkpoint import AsyncWriter, Checkpoints, State, load_into, load_optimizer, optimizer_tensors
 from .compiling import compile_unet
 from .config import RUNTIME_FIELDS, Config, Precision, differences, flatten, read_config, read_facts, to_dict
 from .data import Batch, ImageData, open_data, resolve_source
@@ -38,6 +38,7 @@ from .pipeline import write_pipeline
 from .preflight import check as check_before_training
 from .runlog import Progress, RunLog, write_status
 from .samplers import Sampler
+from .sharding import Peers, check_sharding, local, rows, shard, total_norm
 from .step import TrainStep
 from .unet import UNet
 from .watch import HangWatch
@@ -108,6 +109,9 @@ class Trainer:
         if why is not None:
             self.say(f"precision {precision}: {why}")
         config.micro_batch(acc.num_processes)
+        self.sharded = config.sharding == "fsdp2" and acc.num_processes > 1  # alone there is nothing to share out
+        if self.sharded:
+            check_sharding(precision=config.precision, compiled=config.compile, graph=config.graph)
         self.run, self._lock = _run_folder(config), None
         if replay is None:
             writable_folder(self.run, "run folder")
@@ -120,13 +124,18 @@ class Trainer:
         # times out while another prepares a large set.
         model = self.config.model
         self.data: ImageData = open_data(self.config.data, model.image_size, model.in_channels)
-        self.checkpoints = Checkpoints(self.run, self.config.keep)
+        self.checkpoints = Checkpoints(self.run, self.config.keep, Peers() if self.sharded else None)
+        self.writer = AsyncWriter(self.checkpoints, self._export) if self.config.save_async else None
         self._check_data("data" in allow_change)
         if replay is None:
             self._check_before_training()
         self.unet = UNet(self.config.model, seed=self.config.seed)
-        self.unet.to(acc.device)
+        if not self.sharded:  # otherwise layer by layer
+            self.unet.to(acc.device)
         self.ema_unet = copy.deepcopy(self.unet).eval()
+        if self.sharded:
+            for net in (self.unet, self.ema_unet):
+                shard(net, acc.device)
         self.names = [name for name, _ in self.unet.named_parameters()]
         self.weights = list(self.unet.parameters())
         self.averages = list(self.ema_unet.parameters())
@@ -206,7 +215,8 @@ class Trainer:
             path, refused = newest
             for newer, reason in refused.items():
                 self.say(f"warning: not used: {newer}: {reason}")
-            self._restore(self.checkpoints.load(path), path)
+            state = self.checkpoints.load(path, rows(self.unet))
+            self._restore(state, path)
             self.say(f"going on at step {self.step} from {path}")
         self._check_steps()
         for change in self.changes:
@@ -222,11 +232,14 @@ class Trainer:
             self.log.rewind(self.step)
             self.events.rewind(self.step)
             stored = read_facts(self.run) if newest is not None else None
-            changes = [*((stored or {}).get("changes") or []), *({"step": self.step, "change": c} for c in self.changes)]
+            changes = [
+                *((stored or {}).get("changes") or []),
+                *({"step": self.step, "change": c} for c in self.changes),
+            ]
             facts = {"versions": versions(), "data": self._data_facts, "config": to_dict(self.config)}
             write_json(self.run / "config.json", facts | ({"changes": changes} if changes else {}))
             if newest is not None:
-                self._export()  # a kill may have come between the checkpoint and the pipeline files
+                self._export(state, path)  # a kill may have come between the checkpoint and the pipeline files
             write_status(self.run, "running", self.step)
         self.accelerator.wait_for_everyone()
 
@@ -243,7 +256,7 @@ class Trainer:
             if int(path.name.removeprefix("step-")) >= number:
                 continue
             if (reason := self.checkpoints.verify(path)) is None:
-                self._restore(self.checkpoints.load(path), path)
+                self._restore(self.checkpoints.load(path, rows(self.unet)), path)
                 break
             self.say(f"warning: not used: {path}: {reason}")
         self._check_steps()
@@ -360,6 +373,8 @@ class Trainer:
                         watch.at(self.step, "sampling")
                         with clock.paused():
                             self.draw_grid()
+            if self.writer is not None:
+                self.writer.drain()
         finally:
             watch.close()
             progress.close()
@@ -509,11 +524,14 @@ class Trainer:
         progress.report(record)
 
     def save(self) -> None:
-        """Commit a checkpoint, then replace the pipeline files with the current averages. Called on all ranks."""
-        norms = torch._foreach_norm([*self.averages, *self.weights])
-        if not torch.stack(norms).isfinite().all():
+        """Commit a checkpoint, then replace the pipeline files with its averages; with save_async, begin to.
+
+        Called on all ranks.
+        """
+        norm = total_norm([local(tensor) for tensor in (*self.averages, *self.weights)], sharded=self.sharded)
+        if not norm.isfinite():
             raise NumericsError(f"the weights of step {self.step} are not finite; they are not saved: lower optim.lr")
-        if self.accelerator.is_main_process:
+        if self.sharded or self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = State(
                 step=self.step,
@@ -523,13 +541,20 @@ class Trainer:
                 optimizer=optimizer_tensors(self.optimizer, self.names, self.weights),
                 scaler=scaler.state_dict() if scaler is not None else {},
                 facts={"guard": self.guard.to_facts(), "replaced_images": self.replaced},
+                rows=rows(self.unet),
             )
-            self.checkpoints.save(state)
-            self._export()
+            if self.writer is not None:
+                self.writer.save(state)
+            else:
+                self._export(state, self.checkpoints.save(state))
         self.accelerator.wait_for_everyone()
 
-    def _export(self) -> None:
-        write_pipeline(self.run, self.config.model, self.config.diffusion, self.ema_unet.state_dict())
+    def _export(self, state: State, path: Path) -> None:
+        """Make the run folder a diffusers pipeline of the averages in a checkpoint that is committed."""
+        if self.accelerator.is_main_process:
+            # Of a sharded run no process has them all in memory.
+            ema = self.checkpoints.tensors(path, "ema") if self.sharded else state.ema
+            write_pipeline(self.run, self.config.model, self.config.diffusion, ema)
 
     def draw_grid(self) -> Path:
         """Sample a grid with the averaged weights into RUN/samples. Called on all ranks."""
@@ -634,7 +659,11 @@ def resolve(config: Config, run: Path, allow_change: Collection[str] = ()) -> tu
     config = dataclasses.replace(
         config,
         run=str(run),
-        data=dataclasses.replace(config.data, source=resolve_source(config.data.source)),
+        data=dataclasses.replace(
+            config.data,
+            source=resolve_source(config.data.source),
+            mix=tuple(resolve_source(source) for source in config.data.mix),
+        ),
         optim=dataclasses.replace(config.optim, horizon=horizon),
     )
     changed = differences(stored, config) if stored is not None else []

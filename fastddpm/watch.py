@@ -108,7 +108,9 @@ class HangWatch:
                 # Longer than the others' period, and long enough for one that is just getting there to move on.
                 if self._ended.wait(2.5 * self._period) or self._place[2] != since:
                     continue
-                ranks, message = culprits(before, self._read_in_time() | {self._rank: Post(step, phase, seconds, -1, host)})
+                ranks, message = culprits(
+                    before, self._read_in_time() | {self._rank: Post(step, phase, seconds, -1, host)}
+                )
             except Exception as error:  # whatever torch raises for a table that cannot be reached
                 if not stalled or self._ended.is_set():
                     continue

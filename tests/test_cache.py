@@ -78,11 +78,13 @@ def sequence(data: ImageData, first: int, last: int, world: int = 1, accumulatio
     ]
     found = []
     for micro_batches in zip(*ranks, strict=True):
-        for images, labels, ordinals, rows in micro_batches:
+        columns = []
+        for images, labels, ordinals, rows, _ in micro_batches:
             assert images.is_contiguous(memory_format=torch.channels_last) and labels is not None
             assert (images.dtype, {t.dtype for t in (labels, ordinals, rows)}) == (torch.uint8, {torch.int64})
             pixels = [image.tobytes() for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
-            found += zip(ordinals.tolist(), rows.tolist(), labels.tolist(), pixels, strict=True)
+            columns.append(zip(ordinals.tolist(), rows.tolist(), labels.tolist(), pixels, strict=True))
+        found += [example for examples in zip(*columns, strict=True) for example in examples]  # ranks take turns
     return found
 
 
@@ -559,7 +561,7 @@ def test_a_gpu_gets_the_batches_of_the_host(
     found = []
     with torch.cuda.stream(consumer):
         batches = (resident if in_memory else data).batches(SEED, 0, 60, BATCH_SIZE, workers=0, device=device)
-        for images, labels, ordinals, _ in batches:
+        for images, labels, ordinals, _, _ in batches:
             assert images.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
             if delay == "device":
                 torch.cuda._sleep(2_000_000)  # the batch is read long after the host has dropped it

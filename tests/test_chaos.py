@@ -150,11 +150,21 @@ def test_a_reference_that_saw_too_little_proves_nothing(tmp_path: Path) -> None:
     assert "the reference saw 0 positions" in unequal(run, reference)[0]
 
 
-def test_the_plan_row_sees_positions_that_are_shared(monkeypatch) -> None:
-    assert chaos_files.check_plan(128, 4, 2, 1000)[0] == []
-    plain = BatchPlan.positions
-    monkeypatch.setattr(BatchPlan, "positions", lambda self, step, index, rank: plain(self, step, index, rank // 2))
-    assert any("not read exactly once" in fault for fault in chaos_files.check_plan(128, 4, 2, 1000)[0])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_plan_row_sees_positions_that_are_shared_and_rows_that_come_twice(monkeypatch, streamed) -> None:
+    assert chaos_files.check_plan(128, 4, 2, 5000, streamed)[0] == []
+    with monkeypatch.context() as patch:
+        owner, attribute = (chaos_files.LaneOrder, "locate") if streamed else (chaos_files, "rows_at")
+        plain = getattr(owner, attribute)
+        if streamed:
+            patch.setattr(owner, attribute, lambda self, lane, index: plain(self, lane, index // 2))
+        else:
+            patch.setattr(owner, attribute, lambda positions, *more, **named: plain(positions // 2, *more, **named))
+        assert any("epoch 0 has" in fault for fault in chaos_files.check_plan(128, 4, 2, 5000, streamed)[0])
+    shared = BatchPlan.positions
+    monkeypatch.setattr(BatchPlan, "positions", lambda self, step, index, rank: shared(self, step, index, rank // 2))
+    faults = chaos_files.check_plan(128, 4, 2, 5000, streamed)[0]
+    assert any("not read exactly once" in fault for fault in faults)
 
 
 def early(run: Path, first: int, background: bool, report: Any) -> None:

@@ -277,11 +277,30 @@ def test_a_diverging_run_ends_with_an_error_and_saves_nothing_bad(tmp_path, save
     config = small(
         run, steps=50, log_every=5, save_every=save_every, optim={"lr": 1e30, "warmup_steps": 0, "clip_norm": None}
     )
-    with pytest.raises(NumericsError, match=r"step \d+ (is|are) not finite"):
+    with pytest.raises(NumericsError, match=r"3 steps in a row|weights of step \d+ are not finite"):
         Trainer(config).train()
     for path in Checkpoints(run).all():
         state = Checkpoints(run).load(path)
         assert all(t.isfinite().all() for t in [*state.model.values(), *state.ema.values()])
+
+
+def test_checkpoints_written_beside_training_are_those_written_between_steps(tmp_path, whole):
+    run = tmp_path / "run"
+    for steps in (4, 8):
+        Trainer(small(run, steps=steps, save_async=True)).train()
+    assert losses(run) == losses(whole)
+    for ours, theirs in zip(Checkpoints(run).all()[-2:], Checkpoints(whole).all()[-2:], strict=True):
+        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_checkpoint_that_fails_beside_training_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "save", _full_disk)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        Trainer(small(tmp_path / "run", save_async=True)).train()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
