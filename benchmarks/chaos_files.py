@@ -54,8 +54,8 @@ def plan(session: Session) -> None:
     for streamed in (False, True):
         for accumulation in (1, 2):
             kind = "streamed" if streamed else "map-style"
-            ranks = f"{worlds[0]} to {worlds[-1]} ranks"
-            with session.count("plan", f"{kind}, {ranks}, accumulation {accumulation}") as count:
+            span = f"{worlds[0]} to {worlds[-1]} ranks"
+            with session.count("plan", f"{kind}, {span}, accumulation {accumulation}") as count:
                 slowest = 0.0
                 for world in worlds:
                     batch = world * accumulation * max(1, 128 // world)

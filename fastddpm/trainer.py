@@ -531,6 +531,7 @@ class Trainer:
         norm = total_norm([local(tensor) for tensor in (*self.averages, *self.weights)], sharded=self.sharded)
         if not norm.isfinite():
             raise NumericsError(f"the weights of step {self.step} are not finite; they are not saved: lower optim.lr")
+        failure: list[CheckpointError | None] = [None]
         if self.sharded or self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = State(
@@ -543,11 +544,17 @@ class Trainer:
                 facts={"guard": self.guard.to_facts(), "replaced_images": self.replaced},
                 rows=rows(self.unet),
             )
-            if self.writer is not None:
-                self.writer.save(state)
-            else:
-                self._export(state, self.checkpoints.save(state))
-        self.accelerator.wait_for_everyone()
+            try:
+                if self.writer is not None:
+                    self.writer.save(state)
+                else:
+                    self._export(state, self.checkpoints.save(state))
+            except CheckpointError as error:
+                failure = [error]
+        if self.accelerator.num_processes > 1:  # else the others would wait for a rank that has ended
+            broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
 
     def _export(self, state: State, path: Path) -> None:
         """Make the run folder a diffusers pipeline of the averages in a checkpoint that is committed."""
