@@ -65,9 +65,12 @@ def kill(session: Session) -> None:
             generator = random.Random(f"{session.seed} {name}")
             hit = dict.fromkeys(MOMENTS, 0)
             for moment in _moments(number, session.quick, generator):
-                hit[_kill_once(run, moment, generator, workers)] += 1
+                hit[_kill_once(run, moment, generator, (5, 9) if session.quick else (1, 6))] += 1
                 count.add(True)
-            count.facts = dict(hit)
+            resumed = sum("going on at step" in p.read_text() for p in run.folder.parent.glob("run-life*.err"))
+            count.facts = {**hit, "resumed": resumed}
+            if not resumed:
+                count.wrong.append("no start went on from a checkpoint")
             count.what += f" ({', '.join(f'{n} at {m}' for m, n in hit.items() if n)})"
         with session.count("kill", f"{name}: samples, log, model, EMA and Adam bitwise") as count:
             count.add(unequal(run.complete(), reference), name)
@@ -83,14 +86,14 @@ def kill(session: Session) -> None:
 def _moments(number: int, quick: bool, generator: random.Random) -> list[str]:
     """Kinds of moments, all of them among any four, in random order; ends of epochs in the second half's reach too."""
     if quick:
-        return ["save", "step"][:number]
+        return ["step", "save"][:number]
     chosen = ["epoch", "save", "step", "start"] if number < 10 else ["epoch"] * 3 + ["save"] * 6 + ["start"] * 3
     chosen += ["step"] * (number - len(chosen))
     generator.shuffle(chosen)
     return chosen
 
 
-def _kill_once(run: Run, moment: str, generator: random.Random, workers: int) -> str:
+def _kill_once(run: Run, moment: str, generator: random.Random, steps: tuple[int, int]) -> str:
     """Start the run and SIGKILL it; returns the moment that was hit. Raises Stalled if it ended before."""
     life = run.start()
     if moment == "start":
@@ -98,7 +101,7 @@ def _kill_once(run: Run, moment: str, generator: random.Random, workers: int) ->
     else:
         life.wait_for_step(0)
         first = life.step
-        step = first + generator.randint(1, 6)
+        step = first + generator.randint(*steps)
         if moment == "epoch":
             epoch = ROWS // BATCH  # the last batch of an epoch is step 37 (streamed) or 38 (map-style) and multiples
             ends = [e for e in range(epoch, run.steps - 20, epoch) if e > first + 1]

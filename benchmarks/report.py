@@ -9,7 +9,7 @@ same bytes.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ WORKLOADS = {
     "kernels": "Kernels",
     "scaling": "Scaling over processes",
     "digits": "Digits",
+    "chaos": "Chaos",
 }
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
 END_TO_END = ("train_step", "sampling")
@@ -155,6 +156,21 @@ def digits(records: Sequence[Record]) -> list[str]:
     return table("seed | training, s | plainly a digit | fewest of a class", rows)
 
 
+def chaos(records: Sequence[Record]) -> list[str]:
+    """A row for each count; of each case the newest run."""
+    newest = {r["case"]: max(q["utc"] for q in records if q["case"] == r["case"]) for r in records}
+    rows = [
+        (r["case"], r["what"], f"{r['right']} of {r['of']}", f"{r['seconds']:.0f}", "" if r["correct"] else "**FAIL**")
+        for r in records
+        if r["utc"] == newest[r["case"]]
+    ]
+    return table("row | what | right | s | ", rows)
+
+
+# Workloads whose records are counts and not times, and what writes their tables.
+COUNTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {"digits": digits, "chaos": chaos}
+
+
 def never_run(records: Sequence[Record]) -> list[str]:
     """What has no record: whole kinds of devices, and workloads of the others."""
     lines = []
@@ -163,7 +179,11 @@ def never_run(records: Sequence[Record]) -> list[str]:
         if not seen:
             lines.append(f"{label} rows: never run")
         else:
-            lines += [f"{label}, {title.lower()}: never run" for name, title in WORKLOADS.items() if name not in seen]
+            lines += [
+                f"{label}, {title.lower()}: never run"
+                for name, title in WORKLOADS.items()
+                if name not in seen | {"chaos"}
+            ]
     return lines
 
 
@@ -200,8 +220,8 @@ def tables(records: Sequence[Record]) -> str:
                 f"{versions}{(last['commit'] or 'unknown')[:8]}{' + changes' * bool(last['dirty'])}",
             ]
             lines += [f"`{last['command']}`", ""]
-            if workload == "digits":
-                lines += digits(rows)
+            if workload in COUNTS:
+                lines += COUNTS[workload](rows)
                 continue
             found = cases(rows, workload, device)
             lines += scaling(found) if workload == "scaling" else comparison(found)
@@ -304,7 +324,7 @@ def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
     drawn = []
     for device in devices(records):
         for workload, title in WORKLOADS.items():
-            if workload == "digits":
+            if workload in COUNTS:
                 continue
             found = cases(records, workload, device)
             if picture := picture_of(device, workload, found):

@@ -183,7 +183,10 @@ class _Part:
         self.pieces: dict[str, list[tuple[int, int, Any]]] = {}  # first row, row after the last, file
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in file_names(part, processes):
-            file = stack.enter_context(safe_open(folder / name, framework="pt", device="cpu"))
+            try:
+                file = stack.enter_context(safe_open(folder / name, framework="pt", device="cpu"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
             header = json.loads((file.metadata() or {}).get(ROWS, "{}"))
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 shape = tuple(file.get_slice(key).get_shape())

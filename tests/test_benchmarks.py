@@ -30,7 +30,7 @@ from benchmarks.communication import (
 from fastddpm_kernels import OPS
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text())
+COMMANDS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if '\nif __name__ == "__main__"' in p.read_text())
 FACTS = {
     **{
         "device": "Some GPU",

@@ -333,9 +333,9 @@ def test_a_change_that_is_allowed_goes_on_as_another_run_and_is_written_down(tmp
     run = tmp_path / "run"
     Trainer(small(run, steps=4)).train()
     changed = {"batch_size": 24, "optim": {"horizon": 8, "warmup_steps": 2, "lr": 1e-4}}
-    with pytest.raises(ConfigError, match="--allow-change batch_size optim.lr"):
+    with pytest.raises(ConfigError, match=r"--allow-change batch_size optim\.lr"):
         Trainer(small(run, **changed))
-    with pytest.raises(ConfigError, match="--allow-change optim.lr"):
+    with pytest.raises(ConfigError, match=r"--allow-change optim\.lr"):
         Trainer(small(run, **changed), allow_change=["batch_size"])
     Trainer(small(run, **changed), allow_change=["batch_size", "optim.lr"]).train()
     assert "from step 4 on this is another run: batch_size: 16 -> 24" in capsys.readouterr().err
