@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -385,10 +386,16 @@ def test_two_processes_compile_at_once_and_a_third_not_at_all(fresh_library: Pat
 @needs_library
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_threads_are_those_of_torch():
-    """One OpenMP runtime is loaded, and the library brings none."""
+    """One OpenMP runtime is loaded, and the library brings none. In a process where nothing else has brought one."""
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
         pytest.skip("this torch has no OpenMP")
-    assert native._gomp_parallel()
-    names = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    runtimes = {name for name in names if Path(name).name.startswith(("libgomp", "libiomp", "libomp"))}
-    assert len(runtimes) == 1, runtimes
+    code = (
+        "from pathlib import Path\n"
+        "from fastddpm_kernels import native\n"
+        "assert native._gomp_parallel()\n"
+        "assert not isinstance(native._library(), str)\n"
+        "names = {line.split()[-1] for line in Path('/proc/self/maps').read_text().splitlines()}\n"
+        "print(*{name for name in names if Path(name).name.startswith(('libgomp', 'libiomp', 'libomp'))})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 1, done.stdout
