@@ -547,6 +547,11 @@ class AsyncWriter:
         except Exception as error:
             self._error = error
 
+    def wait(self) -> None:
+        """Wait until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+
     def drain(self) -> None:
         """Wait until nothing is being written.
 

@@ -225,7 +225,9 @@ def replay(args: list[str]) -> int:
     record = json.loads(to_json(trainer.replay()))
     logged = next((line for line in RunLog(run).records() if line["step"] == command.step), None)
     if logged is not None:
-        record |= {"logged_loss": logged["loss"], "same": all(logged[k] == record[k] for k in ("loss", "grad_norm"))}
+        known = logged["loss"] is not None  # of a skipped step there is nothing to compare
+        same = all(logged[name] == record[name] for name in ("loss", "grad_norm")) if known else None
+        record |= {"logged_loss": logged["loss"], "same": same}
     if trainer.accelerator.is_main_process:
         print(json.dumps(record))
     return 0

@@ -147,6 +147,8 @@ class Config:
             raise ConfigError(f"seed is {self.seed}: it must be in 0 .. 2^63 - 1")
         if self.precision not in typing.get_args(Precision):
             raise ConfigError(f"precision is {self.precision!r}: valid are {', '.join(typing.get_args(Precision))}")
+        if self.sharding not in ("none", "fsdp2"):
+            raise ConfigError(f"sharding is {self.sharding!r}: valid are none, fsdp2")
         if not self.data.source:
             raise ConfigError(
                 "data.source is not set: give --data.source hub:ID, parquet:DIR, folder:DIR, digits or anything "

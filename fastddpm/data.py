@@ -29,6 +29,10 @@ if TYPE_CHECKING:  # datasets takes 0.6 s to import, for which --help and sampli
 
 MOST_LANES = 64
 """Lanes of a streamed set where the config names no number, for up to so many processes."""
+LANES_BYTES = 1 << 30
+"""What the lanes of streamed parquet files hold together, at most, where the config does not name their number."""
+MANY_BYTES = 4 << 30
+"""From where on a warning says what they hold."""
 
 Fit = Literal["exact", "resize", "crop", "resize_crop"]
 BadImagePolicy = Literal["error", "skip"]
@@ -52,8 +56,10 @@ class DataConfig:
     """Split to train on; load_dataset's slices such as train[:10%] work unless streamed."""
     streaming: bool = False
     (
-        "Stream the data instead of preparing them in datasets' cache first: starts at once and needs no disk "
-        "space, but shuffles within a buffer and reads up to the position again on resume."
+        "Stream the data instead of preparing them in datasets' cache first: starts at once and needs no disk space. "
+        "Of parquet files the row groups come in a new order each epoch and a resumed run opens those it is at; other "
+        "streams are shuffled by shards, and what came before in them is read again on resume. Both shuffle rows "
+        "within a buffer."
     )
     image_column: str | None = None
     """Column of the images; by default the one column of type Image."""
@@ -83,13 +89,14 @@ class DataConfig:
     )
     shuffle_buffer: int = 4096
     (
-        "Examples that a streamed data set holds undecoded, over all lanes and processes, to shuffle within. The "
-        "order depends on it."
+        "Examples that a streamed data set holds undecoded, over all lanes and processes, to shuffle within; sources "
+        "mixed by data.weights hold so many each. The order depends on it."
     )
     lanes: int | None = None
     (
-        "Parts into which a streamed data set is cut, read side by side; unset: 64, fewer of a small set or of few "
-        "shards. The order depends on it; the number of processes should divide it, so that each reads its own."
+        "Parts into which a streamed data set is cut, read side by side; unset: 64, fewer of a small set, of few "
+        "shards, or of large images in parquet files, for their memory. The order depends on it; the number of "
+        "processes should divide it, so that each reads its own."
     )
     mix: tuple[str, ...] = ()
     """Further sources, mixed with `source`; each is written as a source is, and has the same split and columns."""
@@ -180,7 +187,7 @@ class ImageData:
 
     num_images: rows that are trained on, over all sources and after filtering; None of a stream that does not tell.
     num_classes and class_names: of the label column, each None where it is not known. warning: why labels are left out,
-    or decoded images are not kept although they should be; known after batches.
+    what memory many lanes take, or why decoded images are not kept although they should be, known after batches.
     """
 
     def __init__(
@@ -197,17 +204,19 @@ class ImageData:
         self.num_images = source.num_images
         self.num_classes = source.num_classes
         self.class_names = source.class_names
-        self.warning = source.warning
         self._source = source
         self._background = background
+        self._last_mixture: Mixture | None = None  # with what it has dealt out
+        self.warning = "; ".join(filter(None, (source.warning, self._much_memory()))) or None
 
     @cached_property
     def identity(self) -> str:
         """Digest of all that the order depends on besides the config: a resumed run must find the same."""
         from .stored import digest_of
 
-        described: list[Any] = [1]  # raised where the order of the same data becomes another
+        described: list[Any] = [2]  # raised where the order of the same data becomes another
         for part in self._source.parts:
+            described.append(part.digest)
             if part.groups is not None:
                 kept = part.groups.kept if part.groups.kept is not None else "all"
                 described += ["parquet", part.groups.sizes, kept]
@@ -215,6 +224,8 @@ class ImageData:
                 described += ["shards", part.dataset.num_shards]
             else:
                 described += ["rows", len(part.dataset), part.kept if part.kept is not None else "all"]
+        if self.config.streaming:
+            described += ["lanes", self.num_lanes, self.window]
         return digest_of(*described)
 
     def name_row(self, row: int) -> str:
@@ -226,7 +237,8 @@ class ImageData:
         """Lanes in which a streamed data set is read; 1 where it is not streamed.
 
         config.lanes, but no more than images and, of streams that do not tell their number, the largest divisor that is
-        no more than a source's shards. Unset: 64, or the power of two that leaves a lane of a small set 64 images.
+        no more than a source's shards. Unset: 64, or the power of two that leaves a lane of a small set 64 images and
+        that keeps what all lanes of parquet files hold decoded within LANES_BYTES.
         """
         if not self.config.streaming:
             return 1
@@ -236,10 +248,28 @@ class ImageData:
         if counts:
             count = min(counts) if self.config.weights else sum(counts)
             lanes = min(lanes, count if self.config.lanes else 1 << max(1, count // MOST_LANES).bit_length() - 1)
+        while self.config.lanes is None and lanes > 1 and lanes * self._lane_bytes > LANES_BYTES:
+            lanes //= 2
         shards = [part.dataset.num_shards for part in parts if part.num_images is None]
         if shards:
             lanes = next(number for number in range(min(lanes, *shards), 0, -1) if lanes % number == 0)
         return lanes
+
+    @property
+    def _lane_bytes(self) -> int:
+        """What a lane of streamed parquet files holds decoded at most: a page of a row group, of a mixture one each."""
+        groups = [part.groups for part in self._source.parts if part.groups is not None]
+        largest = [int(found.page_bytes[found.sizes > 0].max(initial=0)) for found in groups]
+        return sum(largest) if self.config.weights else max(largest, default=0)
+
+    def _much_memory(self) -> str | None:
+        held = self.num_lanes * self._lane_bytes
+        if not self.config.streaming or held <= MANY_BYTES:
+            return None
+        return (
+            f"the stream's lanes ({self.num_lanes:,}) may hold {held / 1e9:.3g} GB, a page of up to 1,024 images each, "
+            "over all processes: lower data.lanes, or write the files with smaller row groups"
+        )
 
     @property
     def window(self) -> int:
@@ -424,7 +454,11 @@ class ImageData:
         )
 
     def _mixture(self, seed: int) -> Mixture | None:
-        return Mixture(self.config.weights, seed) if len(self.config.weights) > 1 else None
+        if len(self.config.weights) < 2:
+            return None
+        if self._last_mixture is None or self._last_mixture.seed != seed:
+            self._last_mixture = Mixture(self.config.weights, seed)
+        return self._last_mixture
 
     def _map_order(self, seed: int) -> MapOrder:
         sizes = [part.num_images or 0 for part in self._source.parts]

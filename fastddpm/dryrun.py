@@ -115,13 +115,18 @@ def describe(config: Config, world: int = 1) -> str:
         f"parameters   {parameters:,}",
         f"compute      {flop / 1e9:.3f} GFLOP per image forward, {3 * flop / 1e9:.3f} forward and backward",
     ]
-    state = parameters * MASTER_BYTES
+    state, shared, note = parameters * MASTER_BYTES, 0.0, ""
+    if config.sharding == "fsdp2" and world > 1:
+        # Weights, moments, averages and, after the backward pass, gradients.
+        shared = (state + 4 * parameters) * (1 - 1 / world)
+        state, note = state // world, f", shared out among {world} processes (without the layer that is gathered)"
     for device, precision in _devices(config):
         fused = device == "GPU" or config.compile
-        total = step_bytes(config, images, DTYPES[precision], fused=fused, world=world)
+        total = max(0.0, step_bytes(config, images, DTYPES[precision], fused=fused, world=world) - shared)
         lines.append(
             f"memory       about {total / GIB:.2f} GiB per process on a {device} in {precision}: {state / GIB:.2f} "
             f"weights, moments and average, {(total - state) / GIB:.2f} gradient and activations of {images} images"
+            f"{note}"
         )
     return "\n".join(lines)
 

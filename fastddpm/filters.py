@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import ConfigError, DataError
+from .library import one_line
 
 _UNDERSTOOD = "names of columns, literals, comparisons, in, not in, and, or, not and parentheses"
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -28,6 +29,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: operator.ge,
 }
 _ROW = "fastddpm_row"
+_SHOWN = 120  # characters of a condition in messages
 
 
 class Filter:
@@ -38,11 +40,13 @@ class Filter:
         try:
             self._body = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError) as error:
-            raise ConfigError(f"data.filter={text!r} is not an expression: {error.args[0]}") from error
+            raise ConfigError(f"data.filter={self.shown()} is not an expression: {error.args[0]}") from error
+        except (RecursionError, MemoryError) as error:
+            raise self._too_deep() from error
         names: list[str] = []
-        _Translation(self, None, names).condition(self._body)
+        self._translated(_Translation(self, None, names))
         if not names:
-            raise ConfigError(f"data.filter={text!r} names no column")
+            raise ConfigError(f"data.filter={self.shown()} names no column")
         self.columns = tuple(dict.fromkeys(names))
 
     def expression(self, features: datasets.Features, source: str) -> pc.Expression:
@@ -50,10 +54,41 @@ class Filter:
         for name in self.columns:
             if name not in features:
                 columns = ", ".join(features)
-                raise DataError(f"{source}: no column {name} (data.filter={self.text!r}); columns: {columns}")
+                raise DataError(f"{source}: no column {name} (data.filter={self.shown()}); columns: {columns}")
             if isinstance(features[name], datasets.Image):
                 raise DataError(f"{source}: column {name} holds images, which data.filter cannot compare")
-        return _Translation(self, features, [], source).condition(self._body)
+        condition = self._translated(_Translation(self, features, [], source))
+        nothing = datasets.Features({name: features[name] for name in self.columns}).arrow_schema.empty_table()
+        try:
+            rows_where(nothing, condition, 0)  # types that cannot be compared are found before anything is read
+        except (pa.ArrowException, TypeError) as error:
+            types = ", ".join(f"{field.name} is {field.type}" for field in nothing.schema)
+            raise ConfigError(f"data.filter={self.shown()} cannot be evaluated: {one_line(error)} ({types})") from error
+        return condition
+
+    def key(self, features: datasets.Features) -> list[Any]:
+        """What the rows that pass depend on besides the data: the whole condition and the columns' types and classes.
+
+        (pyarrow's text of an expression leaves out the middle of long lists.)
+        """
+        columns = datasets.Features({name: features[name] for name in self.columns})
+        types = [[field.name, str(field.type)] for field in columns.arrow_schema]
+        return [ast.dump(self._body), types, [getattr(columns[name], "names", None) for name in self.columns]]
+
+    def _translated(self, translation: _Translation) -> pc.Expression:
+        try:
+            return translation.condition(self._body)
+        except (RecursionError, MemoryError) as error:
+            raise self._too_deep() from error
+        except (OverflowError, pa.ArrowException) as error:
+            raise ConfigError(f"data.filter={self.shown()} cannot be evaluated: {one_line(error)}") from error
+
+    def _too_deep(self) -> ConfigError:
+        return ConfigError(f"data.filter={self.shown()} is too long or too deeply nested")
+
+    def shown(self) -> str:
+        """The condition, or the beginning of a long one, in quotation marks."""
+        return repr(self.text if len(self.text) <= _SHOWN else self.text[: _SHOWN - 3] + "...")
 
 
 class _Translation:
@@ -85,7 +120,7 @@ class _Translation:
                 if feature is not None and getattr(feature, "dtype", None) != "bool":
                     raise DataError(
                         f"{self.source}: column {name} is neither true nor false: compare it with something "
-                        f"(data.filter={self.rule.text!r})"
+                        f"(data.filter={self.rule.shown()})"
                     )
                 return pc.field(name)
         raise self.not_understood(node)
@@ -99,12 +134,15 @@ class _Translation:
             feature = self.feature(one)
             values = [self.literal(element, feature) for element in other.elts]
             try:
-                held = pc.field(one.id).isin(pa.array(values))
+                array = pa.array(values, _float_type(feature) if _all_numbers(values) else None)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 raise ConfigError(f"data.filter: {ast.unparse(other)} mixes types") from error
-            return held if isinstance(op, ast.In) else ~held & pc.field(one.id).is_valid()
+            # is_in alone is false of a missing value, and its negation would hold.
+            field = pc.field(one.id)
+            held = pc.if_else(field.is_valid(), field.isin(array), pc.scalar(pa.scalar(None, pa.bool_())))
+            return held if isinstance(op, ast.In) else ~held
         if type(op) not in _COMPARISONS:
-            raise ConfigError(f"data.filter={self.rule.text!r}: is and is not are not understood, only {_UNDERSTOOD}")
+            raise ConfigError(f"data.filter={self.rule.shown()}: is and is not are not understood, only {_UNDERSTOOD}")
         features = [self.feature(side) if isinstance(side, ast.Name) else None for side in (one, other)]
         if not any(isinstance(side, ast.Name) for side in (one, other)):
             raise self.not_understood(one if not isinstance(one, ast.Constant) else other)
@@ -112,7 +150,12 @@ class _Translation:
         return _COMPARISONS[type(op)](*sides)
 
     def value(self, node: ast.expr, beside: Any) -> pc.Expression:
-        return pc.field(node.id) if isinstance(node, ast.Name) else pc.scalar(self.literal(node, beside))
+        if isinstance(node, ast.Name):
+            return pc.field(node.id)
+        value = self.literal(node, beside)
+        kind = _float_type(beside)
+        # In the column's own precision: in double 0.1 is equal to no float32.
+        return pc.scalar(value if kind is None or not _all_numbers([value]) else pa.scalar(float(value), kind))
 
     def literal(self, node: ast.expr, beside: Any) -> Any:
         """The value of a literal; the name of a class, beside a column of classes, is its number."""
@@ -127,7 +170,7 @@ class _Translation:
         if isinstance(node.value, str) and isinstance(beside, datasets.ClassLabel):
             if node.value not in (beside.names or ()):
                 raise DataError(
-                    f"{self.source}: no class {node.value!r} (data.filter={self.rule.text!r}); classes: "
+                    f"{self.source}: no class {node.value!r} (data.filter={self.rule.shown()}); classes: "
                     f"{', '.join(beside.names or ())}"
                 )
             return beside.str2int(node.value)
@@ -139,6 +182,16 @@ class _Translation:
 
     def not_understood(self, node: ast.AST) -> ConfigError:
         return ConfigError(f"data.filter: {ast.unparse(node)} is not understood in its place, only {_UNDERSTOOD}")
+
+
+def _float_type(feature: Any) -> pa.DataType | None:
+    """The Arrow type of a column of floating-point numbers; None of any other."""
+    kind = feature.pa_type if isinstance(feature, datasets.Value) else None
+    return kind if kind is not None and pa.types.is_floating(kind) else None
+
+
+def _all_numbers(values: list[Any]) -> bool:
+    return all(type(value) in (int, float) for value in values)
 
 
 def rows_where(table: pa.Table, condition: pc.Expression, first: int) -> np.ndarray:

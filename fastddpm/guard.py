@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .data import Batch
 from .errors import NumericsError
 
 LAG = 2
@@ -35,8 +34,6 @@ class StepNumbers(NamedTuple):
     """Of the whole gradient before clipping, the same on all ranks."""
     losses: Tensor
     """float32 [n]: of this rank's images."""
-    positions: Tensor
-    """int64 [n]: places of these images in the training sequence."""
     rows: Tensor
     """int64 [n]: their rows in the data set."""
 
@@ -46,10 +43,13 @@ class Mailbox:
 
     def __init__(self, device: torch.device) -> None:
         self.lag = LAG if device.type == "cuda" else 0
-        self._waiting: deque[tuple[int, Tensor, Any, list[Batch]]] = deque()
+        self._waiting: deque[tuple[int, Tensor, Any, list[Tensor]]] = deque()
 
-    def put(self, number: int, norm: Tensor, losses: list[Tensor], batches: list[Batch]) -> None:
-        """norm float32 [] and losses float32 [n] of each micro-batch, on the device; they may be overwritten later."""
+    def put(self, number: int, norm: Tensor, losses: list[Tensor], rows: list[Tensor]) -> None:
+        """norm float32 [] and losses float32 [n] of each micro-batch on the device, which may overwrite them later.
+
+        rows: int64 [n] of each micro-batch, on the host.
+        """
         packed = torch.cat([norm.detach().reshape(1).float(), *losses])
         event = None
         if packed.device.type == "cuda":
@@ -58,18 +58,16 @@ class Mailbox:
             event = torch.cuda.Event()
             event.record()
             packed = arrived
-        self._waiting.append((number, packed, event, batches))
+        self._waiting.append((number, packed, event, rows))
 
     def take(self, everything: bool = False) -> Iterator[StepNumbers]:
         """The numbers that are due, oldest first."""
         while len(self._waiting) > (0 if everything else self.lag):
-            number, packed, event, batches = self._waiting.popleft()
+            number, packed, event, rows = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
-            packed = packed.cpu()
-            positions = torch.cat([batch.ordinals.cpu() for batch in batches])
-            rows = torch.cat([batch.rows for batch in batches])
-            yield StepNumbers(number, packed[0].item(), packed[1:], positions, rows)
+            packed = packed.cpu()  # of a device that is neither; a GPU's has arrived
+            yield StepNumbers(number, packed[0].item(), packed[1:], torch.cat(rows))
 
 
 @dataclass

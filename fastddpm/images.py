@@ -22,6 +22,7 @@ MAX_PIXELS = 2**28
 """Of one image file, whatever limit PIL has been given: as RGB these take 1 GiB. PIL's own limit is 178,956,970."""
 
 _ORIENTATION = 0x0112  # EXIF tag
+_PHOTOMETRIC = 0x0106  # TIFF tag
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # PIL keeps the high byte of 16-bit colour. Read in the other byte order, the same file gives the low byte.
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -49,27 +50,35 @@ def parse_background(text: str) -> tuple[int, int, int]:
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int], channels: int, fit: Fit, background: tuple[int, int, int] | None = None
+    data: bytes,
+    size: tuple[int, int],
+    channels: int,
+    fit: Fit,
+    background: tuple[int, int, int] | None = None,
+    quote: bool = True,
 ) -> np.ndarray:
     """Pixels of an encoded image: uint8 [H, W, C], contiguous.
 
     data: the bytes of a file in any format that PIL reads. size: (H, W) of the result. channels: 1 or 3.
     The EXIF orientation is applied. Gray to RGB replicates; RGB to gray is the luma 0.299 R + 0.587 G + 0.114 B;
     palette, CMYK and the like go through RGB; colour profiles are ignored. 16-bit gray, and 16-bit RGB of PNG and
-    TIFF, become round(v / 257).
+    TIFF, become round(v / 257), 12-bit gray round(v 255 / 4095); a TIFF whose 0 is white is inverted.
     background: the colour (R, G, B) behind partly transparent images: round(a v + (1 - a) background) with the file's
     own bits of v and a, before anything is scaled. Without one they are refused; opaque alpha is dropped.
     fit: "exact" takes images of `size` only; "resize" stretches to it; "crop" takes the centre; "resize_crop" takes
     the largest centred part of the model's proportions and scales it. Scaling is PIL's Lanczos filter, antialiased, of
     the whole image: JPEG's reduced decoding would be faster on huge files, and would give other pixels.
-    Raises ImageProblem: not decodable, partly transparent, more than one frame, float or 32-bit integer pixels, more
+    quote: whether a message may show how bytes begin that are no image. Those of a file that was reached by a path in
+    the data are not to be shown: it may be any file.
+    Raises MemoryError and, of the operating system, OSError, which say nothing of the image. Raises ImageProblem: not
+    decodable, partly transparent, more than one frame, float or 32-bit integer pixels, more
     than 2^28 pixels (said before memory is taken for them), of a size that `fit` does not take.
     """
     try:
         image, rawmode = _load(data)
         image = _flatten(image, rawmode, data, background).convert("L" if channels == 1 else "RGB")
         pixels = np.asarray(_fit(image, size, fit))
-    except ImageProblem:
+    except (ImageProblem, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels\) exceeds limit of (\d+)", str(error))
@@ -77,7 +86,9 @@ def decode_image(
             raise ImageProblem(f"is too large: {error}") from error
         raise _too_large(int(found[1]), int(found[2])) from error
     except Exception as error:  # PIL's plug-ins raise anything from SyntaxError to struct.error on damaged files
-        raise ImageProblem(f"cannot be decoded: {_describe(data, error)}") from error
+        if isinstance(error, OSError) and error.errno is not None:  # too many open files; PIL's own have no number
+            raise
+        raise ImageProblem(f"cannot be decoded: {_describe(data, error, quote)}") from error
     return np.ascontiguousarray(pixels).reshape(*size, channels)
 
 
@@ -102,9 +113,19 @@ def _load(data: bytes, low_bytes: bool = False) -> tuple[Image.Image, str]:
         if low_bytes:
             opened.tile = [_with_other_order(tile) for tile in opened.tile]
         image.load()
+        _turn_upright(image)
+    return image, rawmode
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turns the image as its EXIF data say, and leaves it as it is where they cannot be read."""
+    try:
         if image.getexif().get(_ORIENTATION, 1) != 1:
             ImageOps.exif_transpose(image, in_place=True)
-    return image, rawmode
+    except MemoryError:
+        raise
+    except Exception:  # of damaged metadata, from struct.error to SyntaxError; pixels are turned before they are edited
+        return
 
 
 def _rawmode(arguments: Any) -> str:
@@ -124,9 +145,14 @@ def _with_other_order(tile: Any) -> Any:
 
 def _flatten(image: Image.Image, rawmode: str, data: bytes, background: tuple[int, int, int] | None) -> Image.Image:
     """The image without alpha and in a mode whose conversion to L or RGB keeps its meaning."""
-    # Until Pillow 11.2 a 16-bit PNG opened in mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return _from_16_bits(np.asarray(image).astype(np.uint16)[..., None], image, background)
+    # Until Pillow 11.2 a 16-bit PNG opened in mode I. A PGM of more than 8 bits does, its values scaled to 65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.uint16)[..., None]
+        if rawmode == "I;12":
+            values = ((values.astype(np.uint32) * 65535 + 2047) // 4095).astype(np.uint16)
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # zero is white; PIL inverts 8 bits only
+            values = np.uint16(65535) - values
+        return _from_16_bits(values, image, background)
     if rawmode == "LA;16B":
         four = np.asarray(_load(data, low_bytes=True)[0]).astype(np.uint16)
         return _from_16_bits(four[..., ::2] << 8 | four[..., 1::2], image, background)
@@ -234,7 +260,7 @@ _OTHERS = {
 _CUT_SHORT = re.compile(r"truncat|unexpected end|not enough|incomplete|eof|buffer is not large enough", re.I)
 
 
-def _describe(data: bytes, error: Exception) -> str:
+def _describe(data: bytes, error: Exception, quote: bool) -> str:
     """What is wrong with bytes that PIL does not decode."""
     if not data:
         return "it is empty (0 bytes)"
@@ -244,7 +270,7 @@ def _describe(data: bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         kind = _kind(data)
         if kind is None:
-            return f"it is not an image but {_name_other(data)}"
+            return f"it is not an image but {_name_other(data, quote)}"
         detail = f"a {kind} file that is damaged in or behind its header"
     declared = _declared_bytes(data)
     ends_early = data.startswith(b"\x89PNG") and b"IEND" not in data[-64:]
@@ -266,13 +292,15 @@ def _declared_bytes(data: bytes) -> int:
     return int.from_bytes(data[2:6], "little") if _kind(data) == "BMP" else 0
 
 
-def _name_other(data: bytes) -> str:
+def _name_other(data: bytes, quote: bool) -> str:
     head = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip()
     for magic, name in _OTHERS.items():
         if head.lower().startswith(magic):
             return name
     if data[4:8] == b"ftyp":
         return f"of a format that this PIL does not read ({data[8:12].decode('ascii', 'replace')}, as HEIC and video)"
+    if not quote:
+        return "of a format that PIL does not read"
     text = head[:40].decode("utf-8", "replace")
     if text and all(character.isprintable() or character.isspace() for character in text):
         return f"text that begins {' '.join(text.split())!r}"

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import types
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ class StopRequest:
     a count, whose sum over all ranks and steps so far is `total`.
     """
 
-    def __init__(self, total: int = 0) -> None:
+    def __init__(self, total: int = 0, timeout: timedelta | None = None) -> None:
         self.asked: signal.Signals | None = None
         self.total = total
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group: Any = dist.new_group(backend="gloo") if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._vote: tuple[Any, torch.Tensor] | None = None
         self._stop = False
         self._asked_at = 0.0
@@ -87,8 +88,8 @@ class StopRequest:
         self._vote = (dist.all_reduce(numbers, group=self._group, async_op=True), numbers)
         return self._stop
 
-    def settle(self) -> None:
-        """Wait for the vote that is under way, so that `total` holds all steps."""
+    def settle(self) -> bool:
+        """Wait for the vote that is under way, so that `total` holds all steps; whether to stop now."""
         if self._vote is not None:
             work, numbers = self._vote
             self._vote = None
@@ -96,3 +97,4 @@ class StopRequest:
             asked, count = numbers.tolist()
             self._stop = self._stop or asked > 0
             self.total += count
+        return self._stop if self._group is not None else self.asked is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -56,7 +57,7 @@ def library_errors(source: str, bars: bool = False) -> Iterator[None]:
         except (DataError, ConfigError):
             raise
         except Exception as error:
-            raise DataError(f"{source}: {one_line(error)}") from error
+            raise DataError(f"{source}: {explained(error)}") from error
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -66,6 +67,29 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     message = " ".join(str(error).split())
     message = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return message if len(message) <= limit else message[: limit - 3] + "..."
+
+
+def explained(error: BaseException) -> str:
+    """one_line, and what to do where too many files are open."""
+    if not _too_many_files(error):
+        return one_line(error)
+    return (
+        f"{one_line(error)}: each lane of each source keeps one open: lower data.lanes, or raise the limit (ulimit -n)"
+    )
+
+
+def _too_many_files(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as the system allows it to: a stream holds one for each lane and source."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def is_remote(path: str) -> bool:
@@ -80,6 +104,8 @@ def may_pass(error: BaseException, remote: bool) -> bool:
     if isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_WAITING:
         return False
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return False
+    if _too_many_files(error):
         return False
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import signal
+import stat
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -29,13 +31,18 @@ from .images import ImageProblem, decode_image
 from .library import is_remote, library_errors, one_line, retried
 from .order import BatchPlan, MapOrder, replacement
 from .runlog import make_bar
+from .sources import may_name_file
 from .streams import Example, LaneReader, Orphaned, Stream
 
 T = TypeVar("T")
 
+MAX_FILE_BYTES = 1 << 30
+"""Of a file that the data name by its path."""
+
 MAX_ATTEMPTS = 100
 """Rows that are tried in the place of one that cannot be used."""
 
+_SHOWN = 120  # last characters of a path in messages
 _RESIDENT_ROWS = 256  # rows decoded at a time on their way to the device
 
 
@@ -76,15 +83,23 @@ class Decoder(NamedTuple):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PIL's, about oversized images and damaged metadata
-                return decode_image(_read_bytes(image), self.size, self.channels, self.fit, self.background)
+                data, inside = _read_bytes(image, row, name_row)
+                return decode_image(data, self.size, self.channels, self.fit, self.background, quote=inside)
         except ImageProblem as problem:
-            path, where = _path(image), name_row(row)
-            name = f"image {path} ({where})" if path else f"the image of {where}"
-            raise BadImage(f"{name} {problem}") from problem
+            raise BadImage(f"{_name_image(image, name_row(row))} {problem}") from problem
+        except OSError as error:  # of the machine, and no word on the image
+            raise DataError(f"{_name_image(image, name_row(row))} cannot be read: {one_line(error)}") from error
 
 
 class BadImage(DataError):
-    """One image that cannot be used."""
+    """One image that cannot be used, for what it is: trying again, or on another machine, would not change it."""
+
+
+def _name_image(image: Any, where: str) -> str:
+    path = _path(image)
+    if path and len(path) > _SHOWN:
+        path = f"...{path[-_SHOWN:]}"
+    return f"image {path} ({where})" if path else f"the image of {where}"
 
 
 def _path(image: Any) -> str | None:
@@ -93,24 +108,46 @@ def _path(image: Any) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _read_bytes(image: Any) -> bytes:
-    """The encoded bytes of an undecoded image, read from its path where it holds none."""
+def _read_bytes(image: Any, row: int, name_row: Callable[[int], str]) -> tuple[bytes, bool]:
+    """The encoded bytes of an undecoded image, and whether they are in the data and not in a file that it names.
+
+    ImageProblem: there are none. OSError: they could not be read now.
+    """
     data = image.get("bytes") if isinstance(image, dict) else image
     if isinstance(data, bytes):
-        return data
+        return data, True
     path = _path(image)
     if not path:
         raise ImageProblem("is missing: the row has neither bytes nor a path")
     try:
-        return retried(lambda: _file_bytes(path), path, is_remote(path))
-    except Exception as error:  # OSError, or whatever a remote file system raises
-        raise ImageProblem(f"cannot be read: {one_line(error)}") from error
+        remote = is_remote(path)
+        if not remote and not may_name_file(name_row(row), path):
+            raise ImageProblem("is not in the data, which come from elsewhere: files of this machine are not read")
+        return retried(lambda: _file_bytes(path, remote), path, remote), False
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        if isinstance(error, ImageProblem):
+            raise
+        raise ImageProblem(f"cannot be read: {one_line(error, _SHOWN)}") from error  # ValueError: a zero byte in a path
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise ImageProblem(f"cannot be read: {one_line(error, _SHOWN)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a remote file system raises
+        raise OSError(one_line(error)) from error
 
 
-def _file_bytes(path: str) -> bytes:
+def _file_bytes(path: str, remote: bool) -> bytes:
     # A URL is inside an archive or on the Hub, as streamed data sets name files.
-    with xopen(path, "rb") if is_remote(path) else open(path, "rb") as file:
-        data: bytes = file.read()
+    if not remote and not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would be waited for
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise ImageProblem("cannot be read: the path names no regular file")
+    with xopen(path, "rb") if remote else open(path, "rb") as file:
+        data: bytes = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ImageProblem(f"has more than {MAX_FILE_BYTES:,} bytes, too many for an image")
         return data
 
 
@@ -151,7 +188,7 @@ class MapReader(TorchDataset):
         try:
             return self._batch(positions, self.order.numbers(positions))
         except DataError as error:
-            return _Failure(str(error))
+            return _Failure(error)
 
     def batch_of(self, numbers: np.ndarray) -> Batch:
         """The images of `numbers` int64 [n], images [n, H, W, C]; the positions are their places."""
@@ -168,7 +205,7 @@ class MapReader(TorchDataset):
         images, labels, bad = self._images(numbers)
         messages = []
         for i, problem in bad.items():
-            number = self._instead(int(positions[i]), images[i : i + 1], labels[i : i + 1], problem)
+            number = self._instead(int(positions[i]), int(numbers[i]), images[i : i + 1], labels[i : i + 1], problem)
             numbers[i] = number
             messages.append(str(problem))
         return self._as_batch(images, labels, positions, self.rows_of(numbers), messages)
@@ -184,12 +221,19 @@ class MapReader(TorchDataset):
             tuple(messages),
         )
 
-    def _instead(self, position: int, image: np.ndarray, label: np.ndarray, problem: BadImage) -> int:
-        """Fills image [1, H, W, C] and label [1] with another image and returns its number."""
+    def replacements(self, position: int, number: int) -> Iterator[int]:
+        """Images to try in the place of image `number` at `position`, all of its source: mixtures keep their shares."""
+        ends = np.cumsum(self.order._sizes)
+        source = int(np.searchsorted(ends, number, side="right"))
+        count = self.order._sizes[source]
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            number = replacement(self.share.seed, position, attempt, self.order.num_images)
-            images, labels, bad = self._images(np.array([number]))
-            if not bad:
+            yield int(ends[source]) - count + replacement(self.share.seed, position, attempt, count)
+
+    def _instead(self, position: int, bad: int, image: np.ndarray, label: np.ndarray, problem: BadImage) -> int:
+        """Fills image [1, H, W, C] and label [1] with another image than number `bad` and returns its number."""
+        for number in self.replacements(position, bad):
+            images, labels, found = self._images(np.array([number]))
+            if not found:
                 image[:], label[:] = images, labels
                 return number
         raise _too_many(str(problem))
@@ -235,7 +279,7 @@ class InOrder(MapReader):
         try:
             images, labels, bad = self._images(numbers)
         except DataError as error:
-            return _Failure(str(error))
+            return _Failure(error)
         numbers[list(bad)] = -1 - numbers[list(bad)]
         return self._as_batch(images, labels, positions, numbers, [str(problem) for problem in bad.values()])
 
@@ -264,7 +308,7 @@ class StreamReader(IterableDataset):
     def __iter__(self) -> Iterator[Batch | _Failure]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        parent = os.getppid()
+        parent = None if info is None else os.getppid()  # one's own may end before one's work: nohup
         readers: dict[tuple[int, int], LaneReader] = {}
         try:
             for key in self.share.micro_batches():
@@ -279,14 +323,14 @@ class StreamReader(IterableDataset):
                             at[0],
                             self.stream.window,
                             self.values,
-                            lambda: os.getppid() == parent,
+                            lambda: parent is None or os.getppid() == parent,
                         )
                     examples.append((readers[at[:2]], at[2]))
                 yield self._part(positions, examples)
         except Orphaned:
             return
         except DataError as error:
-            yield _Failure(str(error))
+            yield _Failure(error)
 
     def _own(self, positions: np.ndarray, worker: int, num_workers: int) -> np.ndarray:
         """bool [n]: the positions of this worker, for a start mid-run the same lanes in every micro-batch."""
@@ -310,7 +354,7 @@ class StreamReader(IterableDataset):
                 if not self.skip:
                     raise
                 messages.append(str(problem))
-                example, image = self._instead(reader, index, str(problem))
+                example, image = self._instead(reader, index, example.source, str(problem))
                 pixels.append(image)
             examples.append(example)
         return self._as_batch(examples, pixels, positions, messages)
@@ -340,7 +384,13 @@ class StreamReader(IterableDataset):
     def _pixels(self, example: Example) -> np.ndarray:
         return self.decoders[example.source].pixels(example.image, example.row, self.name_row)
 
-    def _instead(self, reader: LaneReader, index: int, message: str) -> tuple[Example, np.ndarray]:
+    def _instead(self, reader: LaneReader, index: int, source: int, message: str) -> tuple[Example, np.ndarray]:
+        # Where sources are read one after the other a window has rows of several: those of the same one first.
+        for attempt in range(1, min(reader.window, MAX_ATTEMPTS + 1)):
+            example = reader.instead(index, attempt)
+            if example.source == source:
+                with contextlib.suppress(BadImage):
+                    return example, self._pixels(example)
         for attempt in range(1, MAX_ATTEMPTS + 1):
             example = reader.instead(index, attempt)
             with contextlib.suppress(BadImage):
@@ -351,8 +401,8 @@ class StreamReader(IterableDataset):
 class _Failure:
     """A DataError on its way out of a loader worker: an exception would arrive wrapped in the worker's traceback."""
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    def __init__(self, error: DataError) -> None:
+        self.message, self.kind = str(error), BadImage if isinstance(error, BadImage) else DataError
 
 
 def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool) -> Generator[Batch, None, None]:
@@ -394,7 +444,7 @@ def load(reader: MapReader | StreamReader, share: Share, workers: int, pin: bool
                     f"(/dev/shm): lower data.workers ({one_line(error)})"
                 ) from error
             if isinstance(item, _Failure):
-                raise DataError(item.message)
+                raise item.kind(item.message)
             received.append(item)
             if len(received) == parts:
                 batch = received[0] if parts == 1 else _joined(received, pin)
@@ -552,8 +602,7 @@ def resident_batches(resident: Resident, reader: MapReader) -> Generator[Batch, 
             for i in np.flatnonzero(np.isin(numbers, list(resident.bad))).tolist():
                 message = resident.bad[int(numbers[i])]
                 messages.append(message)
-                attempts = range(1, MAX_ATTEMPTS + 1)
-                tried = (replacement(share.seed, int(positions[i]), n, order.num_images) for n in attempts)
+                tried = reader.replacements(int(positions[i]), int(numbers[i]))
                 number = next((number for number in tried if number not in resident.bad), None)
                 if number is None:
                     raise _too_many(message)

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from importlib import metadata
 from typing import Any
 
@@ -101,6 +102,17 @@ def keep_memory() -> None:
     if mallopt is not None and platform.libc_ver()[0] == "glibc":
         for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
             mallopt(parameter, value)
+
+
+def join_processes(timeout: timedelta) -> None:
+    """Have the processes that a launcher started find each other; one that waits longer for the others ends them all.
+
+    Raises:
+        ConfigError: as check_processes.
+    """
+    check_processes()
+    # Before anything of accelerate's, whose first use takes torch's own timeout (10 minutes of NCCL, 30 of gloo).
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
 
 
 def settle_precision(precision: str, stored: Callable[[], str | None] = lambda: None) -> tuple[str, str | None]:

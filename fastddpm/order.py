@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import isqrt
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 # 12 make all orders of n <= 5 equally frequent too. A micro-batch of 128 costs 0.2 ms, in a loader worker.
 _NUM_ROUNDS = 12
 _RINGS = 3  # epochs whose order of blocks is kept
+_PERIODS = 2  # of a mixture that are kept of each lane
 
 
 class Purpose(IntEnum):
@@ -44,6 +45,8 @@ class Purpose(IntEnum):
     """Where an epoch's rows are cut open."""
     REPLACEMENT = 5
     """Rows in the place of images that cannot be used."""
+    SHIFTS = 6
+    """Where in its rows of an epoch a lane begins."""
 
 
 def _mix(x: int) -> int:
@@ -220,9 +223,11 @@ class LaneOrder:
     """The order of rows that lie in blocks of known size and are best read forward, in num_lanes lanes.
 
     Each epoch the blocks are put end to end in an order of its own, closed to a ring, cut open at a row of its own and
-    cut into C = num_lanes lanes of L = N // C rows; N - C*L < C rows are left out, others each epoch. Within a lane,
-    windows of W rows are permuted. So a lane is read forward through its share of blocks with W rows in memory, and
-    any (lane, index) is known without reading: index k of a lane is row k % L of its epoch k // L.
+    cut into C = num_lanes lanes of L = N // C rows; N - C*L < C rows are left out, others each epoch. A lane is read
+    forward from a row of its own in it to its end, then from its start up to that row: rows L apart, which stand in
+    neighbouring lanes, would otherwise come together in every epoch (with one block 8 times as often as others). Within
+    a lane, windows of W rows so read are permuted. So a lane goes through its share of blocks with W rows in memory,
+    and any (lane, index) is known without reading: index k of a lane is row k % L of its epoch k // L.
     sizes: int64 [num_blocks], rows of each block, 0 allowed. Raises ValueError where C is not in 1 .. N or W < 1.
     """
 
@@ -250,7 +255,7 @@ class LaneOrder:
         return self.num_rows - self.length * self.num_lanes
 
     def shuffled(self, lane: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """The row of its lane and epoch, in 0 .. L-1, that stands at `index` of `lane` (both int64 [n])."""
+        """Which of its lane and epoch's rows, 0 .. L-1 as they are read, is at `index` of `lane` (both int64 [n])."""
         epoch, place = np.divmod(index, self.length)
         keys = np.empty(len(index), dtype=np.uint64)
         window = place // self.window
@@ -263,12 +268,14 @@ class LaneOrder:
         """The rows at `index` of `lane`, both int64 [n]."""
         lane, index = np.broadcast_arrays(np.asarray(lane, dtype=np.int64), np.asarray(index, dtype=np.int64))
         epoch = index // self.length
-        within = lane * self.length + self.shuffled(lane, index)
-        block, row = np.empty_like(within), np.empty_like(within)
+        read = self.shuffled(lane, index)
+        block, row = np.empty_like(read), np.empty_like(read)
         for e in np.unique(epoch).tolist():
             inside = epoch == e
             order, ends, cut = self._ring(e)
-            at = (within[inside] + cut) % self.num_rows
+            own = lane[inside]
+            within = own * self.length + (read[inside] + self._shifts(e, own)) % self.length
+            at = (within + cut) % self.num_rows
             slot = np.searchsorted(ends, at, side="right")
             block[inside] = order[slot]
             row[inside] = at - (ends[slot] - self.sizes[order[slot]])
@@ -281,15 +288,21 @@ class LaneOrder:
         """
         order, ends, cut = self._ring(epoch)
         left = self.length - first
-        at = (lane * self.length + first + cut) % self.num_rows
+        within = (first + int(self._shifts(epoch, np.array([lane]))[0])) % self.length
         while left > 0:
+            at = (lane * self.length + within + cut) % self.num_rows
             slot = int(np.searchsorted(ends, at, side="right"))
             block = int(order[slot])
             row = at - int(ends[slot] - self.sizes[block])
-            count = min(left, int(ends[slot]) - at)
+            count = min(left, int(ends[slot]) - at, self.length - within)
             yield block, row, row + count
             left -= count
-            at = (at + count) % self.num_rows
+            within = (within + count) % self.length
+
+    def _shifts(self, epoch: int, lane: np.ndarray) -> np.ndarray:
+        """The row of each lane, int64 [n] in 0 .. L-1, at which it begins in `epoch`."""
+        keys = sub_keys(derive_key(self.seed, epoch, Purpose.SHIFTS), lane)
+        return (keys % np.uint64(self.length)).astype(np.int64)
 
     def _ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """The blocks in the order of `epoch`, the rows up to the end of each, and where the ring is cut open."""
@@ -339,6 +352,7 @@ class Mixture:
         self.counts = counts
         self.seed = seed
         self.period = period
+        self._dealt: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}  # by lane and number of period
 
     def pick(self, lane: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, index in the source's order) at `index` of `lane`, all int64 [n]; each lane has its own periods."""
@@ -347,23 +361,29 @@ class Mixture:
         source, at = np.empty_like(place), np.empty_like(place)
         for one, q in {*zip(lane.tolist(), number.tolist(), strict=True)}:
             inside = (lane == one) & (number == q)
-            key = sub_keys(derive_key(self.seed, q, Purpose.SOURCES), np.array([one])).item()
-            sources, before = _deal(key, tuple(self.counts.tolist()))
+            sources, before = self._deal(one, q)
             source[inside] = sources[place[inside]]
             at[inside] = q * self.counts[source[inside]] + before[place[inside]]
         return source, at
 
+    def _deal(self, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each place of a period of a lane, and how many places of that source are before it in it.
 
-@lru_cache(maxsize=256)
-def _deal(key: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each place of a period, and how many places of that source come before it in the period."""
-    period = sum(counts)
-    dealt = permute(np.arange(period), period, key)
-    source = np.searchsorted(np.cumsum(counts), dealt, side="right")
-    before = np.empty(period, dtype=np.int64)
-    for number, count in enumerate(counts):
-        before[source == number] = np.arange(count)
-    return source, before
+        Of each lane the last two periods are kept, in 40 kB each: one costs 1 ms, and a batch takes from every lane.
+        """
+        cached = self._dealt.setdefault(lane, {})
+        if number not in cached:
+            key = sub_keys(derive_key(self.seed, number, Purpose.SOURCES), np.array([lane])).item()
+            dealt = permute(np.arange(self.period), self.period, key)
+            small = np.min_scalar_type(self.period)
+            source = np.searchsorted(np.cumsum(self.counts), dealt, side="right").astype(small)
+            before = np.empty(self.period, dtype=small)
+            for which, count in enumerate(self.counts.tolist()):
+                before[source == which] = np.arange(count)
+            while len(cached) >= _PERIODS:
+                del cached[next(iter(cached))]
+            cached[number] = (source, before)
+        return cached[number]
 
 
 class MapOrder:

@@ -20,7 +20,7 @@ from datasets.table import table_cast
 
 from .errors import DataError
 from .filters import Filter, rows_where
-from .library import is_remote, may_pass, one_line, pause, retried
+from .library import explained, is_remote, may_pass, one_line, pause, retried
 from .stored import digest_of, stored
 
 T = TypeVar("T")
@@ -28,14 +28,16 @@ T = TypeVar("T")
 ROW_BITS = 32
 """A streamed row is block << ROW_BITS | row inside the block."""
 
-# Column chunks are read through buffers of this size, and not whole: 64 lanes in row groups of 100 MB would take 6 GB.
+# Column chunks are read through buffers of this size, and not whole. That does not bound the memory: Arrow decodes a
+# page at once, which ordinary writers fill with up to 1,024 images whatever their size (RowGroups.page_bytes).
 _BUFFER_BYTES = {False: 1 << 20, True: 4 << 20}
 _THREADS = 16
+_PAGE_ROWS = 1024  # that pyarrow writes before it looks whether a page is full
 
 
 @contextlib.contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A local or remote parquet file, its columns read through small buffers."""
+    """A local or remote parquet file, its columns read through small buffers and page by page."""
     remote = is_remote(path)
     with contextlib.ExitStack() as stack:
         source: Any = path
@@ -61,13 +63,8 @@ class RowGroups(NamedTuple):
     """int64 [sum of sizes]: numbers of the rows that passed the filter, block by block; None: all."""
     stamp: str
     """Digest of the files' names, sizes and dates."""
-
-    def kept_rows(self) -> np.ndarray:
-        """Numbers within their blocks of all rows that are kept, int64, block by block."""
-        if self.kept is not None:
-            return self.kept
-        starts = np.cumsum(self.sizes) - self.sizes
-        return np.arange(int(self.sizes.sum()), dtype=np.int64) - np.repeat(starts, self.sizes)
+    page_bytes: np.ndarray
+    """int64 [num_blocks]: what one who reads the block forward holds decoded, all columns, where pages are large."""
 
     def rows_of(self, block: int) -> np.ndarray | None:
         """Numbers of the rows of a block that are kept; None: all of them."""
@@ -91,14 +88,16 @@ def read_row_groups(paths: Iterable[str], source: str) -> RowGroups:
             sizes = list(pool.map(lambda path: _of_file(_group_sizes, path, source), paths))
             return {
                 "groups": np.array([len(groups) for groups in sizes], dtype=np.int64),
-                "rows": np.array([rows for groups in sizes for rows in groups], dtype=np.int64),
+                "rows": np.array([rows for groups in sizes for rows, _ in groups], dtype=np.int64),
+                "bytes": np.array([size for groups in sizes for _, size in groups], dtype=np.int64),
             }
 
-        found = stored({"footers": stamp}, footers)
+        found = stored({"row groups": stamp}, footers)
     groups, rows = found["groups"], found["rows"]
+    page_bytes = found["bytes"] // np.maximum(rows, 1) * np.minimum(rows, _PAGE_ROWS)
     file = np.repeat(np.arange(len(paths), dtype=np.int64), groups)
     group = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(groups) - groups, groups)
-    return RowGroups(paths, file, group, rows, None, stamp)
+    return RowGroups(paths, file, group, rows, None, stamp, page_bytes)
 
 
 def _of_file(action: Callable[[str], T], path: str, source: str) -> T:
@@ -121,9 +120,11 @@ def _stamp(path: str) -> list[str]:
     return [f"{name}={info[name]}" for name in names if info.get(name) is not None]
 
 
-def _group_sizes(path: str) -> list[int]:
+def _group_sizes(path: str) -> list[tuple[int, int]]:
+    """Rows and uncompressed bytes of each row group."""
     with open_parquet(path) as file:
-        return [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def filter_row_groups(groups: RowGroups, rule: Filter, features: datasets.Features, source: str) -> RowGroups:
@@ -149,7 +150,7 @@ def filter_row_groups(groups: RowGroups, rule: Filter, features: datasets.Featur
         sizes = np.array([len(rows) for rows in kept], dtype=np.int64)
         return {"sizes": sizes, "rows": np.concatenate([*kept, np.empty(0, dtype=np.int64)])}
 
-    found = stored({"footers": groups.stamp, "filter": str(condition)}, evaluate)
+    found = stored({"footers": groups.stamp, "filter": rule.key(features)}, evaluate)
     return groups._replace(sizes=found["sizes"], kept=found["rows"])
 
 
@@ -158,8 +159,8 @@ def read_rows(
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
     """The rows `wanted` (int64, ascending, at least one) of a block, as (numbers, table of `schema`), read forward.
 
-    chunk: rows that are read at a time. A remote file that fails is opened again and read on from where it failed.
-    Raises DataError naming file and row group.
+    chunk: rows that are read at a time. A remote file that fails is opened again and read on from where it failed; it
+    is closed before the last of `wanted` are handed out. Raises DataError naming file and row group.
     """
     path, group = groups.paths[int(groups.file[block])], int(groups.group[block])
     done = failures = 0
@@ -176,12 +177,16 @@ def read_rows(
                             table = table.slice(int(rows[0]) - at, stop - done)
                         else:
                             table = table.take(pa.array(rows - at))
+                        found = rows, table_cast(table, schema)
                         done, failures = stop, 0
-                        yield rows, table_cast(table, schema)
                         if done == len(wanted):
-                            return
+                            break
+                        yield found
                     at += len(batch)
-                raise DataError(f"{path} has fewer rows than it had when the run was started: restore it")
+                else:
+                    raise DataError(f"{path} has fewer rows than it had when the run was started: restore it")
+            yield found
+            return
         except DataError:
             raise
         except Exception as error:
@@ -191,4 +196,4 @@ def read_rows(
                     raise
                 pause(failures, path, error)
             except Exception as last:
-                raise DataError(f"{path}, row group {group}, cannot be read: {one_line(last)}") from last
+                raise DataError(f"{path}, row group {group}, cannot be read: {explained(last)}") from last

@@ -24,6 +24,15 @@ def write_status(run: Path, status: str, step: int, **facts: Any) -> None:
     write_json(run / "status.json", record | {"pid": os.getpid(), "host": socket.gethostname()})
 
 
+def read_status(run: Path) -> dict[str, Any]:
+    """RUN/status.json, or nothing where there is none."""
+    try:
+        found = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class RunLog:
     """RUN/log.jsonl, or another file of its kind: one JSON object per event, in step order, no repeats on restart."""
 
@@ -52,8 +61,9 @@ class RunLog:
             handle.write(to_json(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines, oldest first."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """All lines, oldest first; without one that a kill has torn."""
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        return [json.loads(line) for line in lines if math.isfinite(self._step(line))]
 
 
 def to_json(record: Any) -> str:

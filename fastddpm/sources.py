@@ -6,31 +6,42 @@ which is the progress display. Several sources make one data set; of streamed pa
 
 from __future__ import annotations
 
+import copy
 import glob
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
+import fsspec
+import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.arrow_dataset import update_metadata_with_features
+from datasets.fingerprint import Hasher
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from .errors import ConfigError, DataError
 from .filters import Filter, rows_where
-from .library import library_errors, one_line
-from .rowgroups import ROW_BITS, RowGroups, filter_row_groups, read_row_groups
-from .stored import stored
+from .library import is_remote, library_errors, one_line, retried
+from .order import spread
+from .rowgroups import ROW_BITS, RowGroups, filter_row_groups, read_row_groups, read_rows
+from .stored import digest_of, stored
 
 if TYPE_CHECKING:
     from .data import DataConfig
 
 KNOWN_FORMS = "digits, hub:ID, parquet:PATH, folder:DIR, or anything load_dataset reads"
+_MOST_BLOCKS = 4096  # row groups whose labels are looked at
+_THREADS = 16  # that read footers
+_BATCH_ROWS = 256  # of a parquet file that are prepared together, where its first row group gives no number
 _FILTER_ROWS = 65_536  # rows of a map-style set that are looked at together
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -44,6 +55,14 @@ class ParquetStream(NamedTuple):
 
     dataset: Any
     groups: RowGroups
+    digest: str | None = None
+
+
+class MapSet(NamedTuple):
+    """A data set with random access, and a digest of the files that it was made of."""
+
+    dataset: Any
+    digest: str | None
 
 
 class Part(NamedTuple):
@@ -63,6 +82,8 @@ class Part(NamedTuple):
     """Row groups of streamed parquet files."""
     kept: np.ndarray | None
     """int64: rows of a map-style set that pass the filter; None: all."""
+    digest: str | None = None
+    """Of the files, wherever they are: footers of parquet files, names and sizes in a folder; None: not known."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -105,12 +126,35 @@ class ImageSource(NamedTuple):
         """The number of a streamed source's first row group or shard among those of all sources."""
         return sum(before.num_blocks for before in self.parts[:part])
 
+    def streamed_labels(self) -> Iterator[tuple[np.ndarray, pa.Array]]:
+        """(rows int64 [n], as batches number them, and their labels) of row groups, the first few from all over."""
+        blocks = [
+            (part, self.first_block(number), block)
+            for number, part in enumerate(self.parts)
+            if part.groups is not None and part.label_column is not None
+            for block in np.flatnonzero(part.groups.sizes).tolist()
+        ]
+        for place in spread(_MOST_BLOCKS, len(blocks)).tolist() if blocks else ():
+            part, first, block = blocks[place]
+            name, groups = part.label_column, part.groups
+            schema = datasets.Features({name: part.features[name]}).arrow_schema
+            kept = groups.rows_of(block)
+            wanted = kept if kept is not None else np.arange(int(groups.sizes[block]), dtype=np.int64)
+            for rows, table in read_rows(groups, block, schema, wanted, _FILTER_ROWS):
+                yield (first + block) << ROW_BITS | rows, pa.concat_arrays(table.column(name).chunks)
+
     def name_row(self, row: int) -> str:
         """What messages call a row as batches number it."""
+        part, text = self._name_row(row)
+        name = _RowName(text)
+        name.remote = _is_remote_source(part.name)
+        return name
+
+    def _name_row(self, row: int) -> tuple[Part, str]:
         if self.dataset is not None:
             for part in self.parts:
                 if row < len(part.dataset):
-                    return f"row {row} of split {part.split} of {part.name}"
+                    return part, f"row {row} of split {part.split} of {part.name}"
                 row -= len(part.dataset)
             raise IndexError(row)
         block, row = row >> ROW_BITS, row & ((1 << ROW_BITS) - 1)
@@ -119,9 +163,39 @@ class ImageSource(NamedTuple):
                 break
             block -= part.num_blocks
         if part.groups is None:
-            return f"row {row} of shard {block} of split {part.split} of {part.name}"
-        path = part.groups.paths[int(part.groups.file[block])]
-        return f"row {row} of row group {int(part.groups.group[block])} of {path}, split {part.split} of {part.name}"
+            return part, f"row {row} of shard {block} of split {part.split} of {part.name}"
+        path, group = part.groups.paths[int(part.groups.file[block])], int(part.groups.group[block])
+        return part, f"row {row} of row group {group} of {path}, split {part.split} of {part.name}"
+
+
+class _RowName(str):
+    """What messages call a row, and whether its source is not of this machine."""
+
+    remote = False
+
+
+def may_name_file(row: str, path: str) -> bool:
+    """Whether a row, as name_row calls it, may have its image in a local file: of a remote source in its cache only.
+
+    Data that others have written could name any file of this machine.
+    """
+    if not getattr(row, "remote", False):
+        return True
+    caches = (
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        datasets.config.EXTRACTED_DATASETS_PATH,
+        huggingface_hub.constants.HF_HUB_CACHE,
+    )
+    real = os.path.realpath(path)
+    return any(real.startswith(os.path.join(os.path.realpath(cache), "")) for cache in caches)
+
+
+def _is_remote_source(source: str) -> bool:
+    scheme = source.partition(":")[0]
+    if scheme in SOURCES and scheme != "hub":
+        return False
+    return scheme == "hub" or is_remote(source) or not os.path.exists(os.path.expanduser(source))
 
 
 def open_images(config: DataConfig) -> ImageSource:
@@ -166,9 +240,11 @@ def _shown(names: list[str] | None) -> str:
 def _open_part(config: DataConfig, rule: Filter | None) -> Part:
     """One source."""
     opened = _open_source(config)
-    dataset, groups = opened, None
+    dataset, groups, digest = opened, None, None
     if isinstance(opened, ParquetStream):
-        dataset, groups = opened
+        dataset, groups, digest = opened
+    elif isinstance(opened, MapSet):
+        dataset, digest = opened
     if (not config.streaming and len(dataset) == 0) or (groups is not None and not groups.sizes.sum()):
         raise DataError(f"{config.source}: split {config.split} has 0 rows")
     with library_errors(config.source):
@@ -190,7 +266,7 @@ def _open_part(config: DataConfig, rule: Filter | None) -> Part:
             else:
                 kept = _filtered(dataset, rule, features, config.source)
         if not (groups.sizes.sum() if groups is not None else len(kept if kept is not None else ())):
-            raise DataError(f"{config.source}: data.filter={rule.text!r} leaves 0 rows of split {config.split}")
+            raise DataError(f"{config.source}: data.filter={rule.shown()} leaves 0 rows of split {config.split}")
     with library_errors(config.source):
         dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
         if isinstance(features[image_column], datasets.Image):
@@ -213,6 +289,7 @@ def _open_part(config: DataConfig, rule: Filter | None) -> Part:
         chosen,
         groups,
         kept,
+        digest,
     )
 
 
@@ -226,7 +303,7 @@ def _filtered(dataset: Any, rule: Filter, features: datasets.Features, source: s
         kept = [rows_where(columns[first : first + _FILTER_ROWS], condition, first) for first in firsts]
         return {"rows": np.concatenate(kept)}
 
-    return stored({"dataset": dataset._fingerprint, "filter": str(condition)}, evaluate)["rows"]
+    return stored({"dataset": dataset._fingerprint, "filter": rule.key(features)}, evaluate)["rows"]
 
 
 def _concatenated(parts: list[Part]) -> tuple[Any, str, str | None]:
@@ -249,10 +326,23 @@ def _concatenated(parts: list[Part]) -> tuple[Any, str, str | None]:
             dataset = dataset.rename_columns({f"fastddpm {new}": new for new in names.values()})
             dataset = dataset.cast_column(first.image_column, datasets.Image(decode=False))
             if label is not None:
-                dataset = dataset.cast_column(label, datasets.Value("int64"))
+                dataset = _as_plain_integers(dataset, label)
             sets.append(dataset.with_format(None))
     with library_errors(", ".join(part.name for part in parts)):
         return datasets.concatenate_datasets(sets).with_format("arrow"), first.image_column, label
+
+
+def _as_plain_integers(dataset: Any, column: str) -> Any:
+    """A map-style set whose labels are declared int64 instead of classes, for one type in all sources.
+
+    Dataset.cast_column would write the whole data set again, images and all, into the library's cache.
+    """
+    dataset = copy.deepcopy(dataset)  # tables are shared
+    dataset._info.features[column] = datasets.Value("int64")
+    dataset._data = dataset._data.cast(dataset.features.arrow_schema)
+    dataset._data = update_metadata_with_features(dataset._data, dataset.features)
+    dataset._fingerprint = Hasher.hash([dataset._fingerprint, "int64", column])
+    return dataset
 
 
 def _kept_of_all(parts: list[Part]) -> np.ndarray | None:
@@ -280,7 +370,7 @@ def _classes(
 
 
 def _open_source(config: DataConfig) -> Any:
-    """The data set of one source: a datasets.Dataset or, streamed, an IterableDataset or a ParquetStream."""
+    """The data set of one source: a MapSet, datasets.Dataset or, streamed, an IterableDataset or a ParquetStream."""
     if not config.source:
         raise ConfigError(f"data.source is empty: name the images to train on ({KNOWN_FORMS})")
     scheme, separator, location = config.source.partition(":")
@@ -314,7 +404,9 @@ def _open_digits(location: str, config: DataConfig) -> Any:
     )
     with library_errors("digits"):
         dataset = datasets.Dataset.from_dict({"image": encoded, "label": digits.target.tolist()}, features=features)
-        return dataset.to_iterable_dataset() if config.streaming else dataset
+        if config.streaming:
+            return dataset.to_iterable_dataset()
+        return MapSet(dataset, digest_of(pixels, digits.target.astype(np.int64)))
 
 
 def _open_hub(location: str, config: DataConfig) -> Any:
@@ -363,7 +455,10 @@ def _open_parquet(location: str, config: DataConfig) -> Any:
         if not kept:
             raise DataError(f"{config.source}: split {split} has 0 rows")
     patterns = {split: [glob.escape(name) for name in kept] for split, kept in files.items()}
-    return _build(config, "parquet", data_files=patterns)
+    more: dict[str, Any] = {}
+    if not config.streaming and any(_begins_empty(name) for kept in files.values() for name in kept):
+        more["batch_size"] = _BATCH_ROWS  # datasets takes the first row group's, of which there are none
+    return _build(config, "parquet", data_files=patterns, **more)
 
 
 def _num_rows(path: str, config: DataConfig) -> int:
@@ -371,6 +466,11 @@ def _num_rows(path: str, config: DataConfig) -> int:
         return pq.read_metadata(path).num_rows
     except Exception as error:
         raise DataError(f"{config.source}: {path} is not a readable parquet file: {one_line(error)}") from error
+
+
+def _begins_empty(path: str) -> bool:
+    metadata = pq.read_metadata(path)
+    return metadata.num_row_groups > 0 and metadata.row_group(0).num_rows == 0
 
 
 def _open_folder(location: str, config: DataConfig) -> Any:
@@ -390,13 +490,17 @@ def _open_folder(location: str, config: DataConfig) -> Any:
     holders = {os.path.relpath(folder, path).split(os.sep)[0] for folder in _folders_with_images(path)}
     if not holders:
         raise DataError(f"{config.source}: the folder holds no image files that PIL reads")
+    if config.streaming:  # a stream is one shard in the order of classes, without shuffling
+        raise ConfigError(
+            f"data.streaming: {config.source} has random access and nothing of it is copied: leave out --data.streaming"
+        )
     splits = {split: sorted(holders.intersection(names)) for split, names in _SPLIT_FOLDERS.items()}
     patterns = {"train": [f"{glob.escape(path)}/**"]}
     if sum(len(names) for names in splits.values()) == len(holders):
         patterns = {s: [f"{glob.escape(path)}/{name}/**" for name in names] for s, names in splits.items() if names}
     _split_names(config, list(patterns))
     # All splits are listed, since class numbers come from the folders of all of them; images are not read.
-    return _build(config, "imagefolder", data_files=patterns)
+    return _build(config, "imagefolder", folder=path, data_files=patterns)
 
 
 def _folders_with_images(path: str) -> Iterator[str]:
@@ -418,8 +522,11 @@ SOURCES: dict[str, Callable[[str, DataConfig], Any]] = {
 }
 
 
-def _build(config: DataConfig, path: str, **arguments: Any) -> Any:
-    """load_dataset in its two halves, so that a missing split is noticed before anything is downloaded."""
+def _build(config: DataConfig, path: str, folder: str | None = None, **arguments: Any) -> Any:
+    """load_dataset in its two halves, so that a missing split is noticed before anything is downloaded.
+
+    folder: what the names of an imagefolder's files are relative to.
+    """
     with library_errors(config.source, bars=path not in ("parquet", "imagefolder")):
         builder = datasets.load_dataset_builder(path, **arguments)
         if known := list(builder.info.splits or builder.config.data_files or ()):
@@ -427,11 +534,50 @@ def _build(config: DataConfig, path: str, **arguments: Any) -> Any:
         if config.streaming and isinstance(builder, Parquet):
             files = {str(split): names for split, names in builder.config.data_files.items()}
             groups = read_row_groups(map(str, files[config.split]), config.source)  # names a file that cannot be read
-            return ParquetStream(builder.as_streaming_dataset(split=config.split), groups)
+            paths, stamp = groups.paths, groups.stamp
+            digest = stored({"footer digests": stamp}, lambda: {"digest": _footer_digest(paths, config.source)})
+            streamed = builder.as_streaming_dataset(split=config.split)
+            return ParquetStream(streamed, groups, digest["digest"].tobytes().hex())
         if config.streaming:
             return builder.as_streaming_dataset(split=config.split)
         builder.download_and_prepare()
-        return builder.as_dataset(split=config.split)
+        return MapSet(builder.as_dataset(split=config.split), _digest_of_files(builder, config, folder))
+
+
+def _digest_of_files(builder: Any, config: DataConfig, folder: str | None) -> str | None:
+    """Of a map-style set's files; None where they are not on this machine or tell nothing."""
+    names = [part.partition("[")[0].strip() for part in config.split.split("+")]
+    files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
+    paths = [path for name in names for path in files.get(name, ())]
+    if not paths or any(is_remote(path) for path in paths):
+        return None
+    if isinstance(builder, Parquet):
+        return _footer_digest(tuple(paths), config.source).tobytes().hex()
+    if folder is not None:
+        return digest_of([[os.path.relpath(path, folder), os.path.getsize(path)] for path in paths])
+    return None
+
+
+def _footer_digest(paths: tuple[str, ...], source: str) -> np.ndarray:
+    """int64 [4], the SHA-256 of sizes and footers of parquet files in their order.
+
+    A footer has sizes, places and statistics of all columns of all row groups, and nothing of where the file is.
+    """
+
+    def of_file(path: str) -> bytes:
+        def read() -> bytes:
+            system, inner = fsspec.core.url_to_fs(path)
+            with system.open(inner, "rb", cache_type="none") if is_remote(path) else open(path, "rb") as file:
+                size = file.seek(-8, os.SEEK_END) + 8
+                footer = int.from_bytes(file.read(4), "little")
+                file.seek(max(0, size - 8 - footer))
+                return hashlib.sha256(size.to_bytes(8, "little") + file.read(footer)).digest()
+
+        return retried(read, path, is_remote(path))
+
+    with library_errors(source), ThreadPoolExecutor(_THREADS) as pool:
+        whole = hashlib.sha256(b"".join(pool.map(of_file, paths)))
+    return np.frombuffer(whole.digest(), dtype=np.int64)
 
 
 def _split_names(config: DataConfig, known: list[str]) -> list[str]:

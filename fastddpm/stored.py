@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-_VERSION = 1
+_VERSION = 2
 _FOLDER = "fastddpm-index"
 
 

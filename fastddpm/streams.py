@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import DataError
-from .library import library_errors, may_pass, pause
+from .library import library_errors, may_pass, pause, raise_file_limit
 from .order import LaneOrder, Mixture, Purpose, derive_key, permute, shuffle_in_windows, sub_keys
 from .rowgroups import ROW_BITS, RowGroups, read_rows
 
@@ -97,6 +97,7 @@ class ParquetLanes:
         return rows
 
     def read(self, lane: int, epoch: int, first: int) -> Iterator[Rows]:
+        raise_file_limit()
         for block, begin, end in self.order.pieces(lane, epoch, first):
             part, own = self._part(block)
             kept = part.groups.rows_of(own)
@@ -111,12 +112,16 @@ class ParquetLanes:
 
 def rows_by_number(parts: tuple[ParquetPart, ...], numbers: np.ndarray) -> np.ndarray:
     """Rows (block << 32 | row inside it) of images counted through all parts in the order of files: int64 [n]."""
-    sizes = np.concatenate([part.groups.sizes for part in parts])
-    blocks = np.concatenate([part.first_block + np.arange(len(part.groups.sizes)) for part in parts])
-    ends = np.cumsum(sizes)
-    slots = np.searchsorted(ends, numbers, side="right")
-    kept = np.concatenate([part.groups.kept_rows() for part in parts])
-    return blocks[slots] << ROW_BITS | kept[numbers]
+    rows, start = np.empty_like(numbers), 0
+    for part in parts:
+        sizes, kept = part.groups.sizes, part.groups.kept
+        inside = (numbers >= start) & (numbers < start + sizes.sum())
+        own, ends = numbers[inside] - start, np.cumsum(sizes)
+        blocks = np.searchsorted(ends, own, side="right")
+        within = own - (ends - sizes)[blocks] if kept is None else kept[own]
+        rows[inside] = (part.first_block + blocks) << ROW_BITS | within
+        start += int(sizes.sum())
+    return rows
 
 
 def read_examples(
@@ -128,7 +133,7 @@ def read_examples(
         block = row >> ROW_BITS
         part = next(p for p in parts if 0 <= block - p.first_block < len(p.groups.sizes))
         wanted = np.array([row & ((1 << ROW_BITS) - 1)])
-        for _, table in read_rows(part.groups, block - part.first_block, part.schema, wanted, _CHUNK_ROWS):
+        for _, table in read_rows(part.groups, block - part.first_block, part.schema, wanted, _FEWEST_ROWS):
             ((image, label),) = values(part.source, table)
             examples.append(Example(row, image, label, part.source))
     return examples
@@ -157,6 +162,7 @@ class ShardLanes:
         return self._lengths.get(lane)
 
     def read(self, lane: int, epoch: int, first: int) -> Iterator[Rows]:
+        raise_file_limit()
         num_shards = self.part.dataset.num_shards
         own = np.arange(lane, num_shards, self.num_lanes, dtype=np.int64)
         key = sub_keys(derive_key(self.seed, epoch, Purpose.BLOCKS), np.array([lane])).item()

@@ -12,13 +12,16 @@ import sys
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import AsyncWriter, Checkpoints, State, load_into, load_optimizer, optimizer_tensors
@@ -31,23 +34,33 @@ from .files import expand, lock_folder, writable_folder, write_json
 from .generate import draw_images
 from .guard import Guard, Mailbox, StepNumbers
 from .interrupt import StopRequest, follow_launcher
-from .machine import DTYPES, flushed_denormals, make_accelerator, memory_bytes, settle_precision, versions
+from .machine import (
+    DTYPES,
+    flushed_denormals,
+    join_processes,
+    make_accelerator,
+    memory_bytes,
+    settle_precision,
+    versions,
+)
 from .optim import learning_rate
+from .order import BatchPlan
 from .pictures import grid, save_picture
 from .pipeline import write_pipeline
 from .preflight import check as check_before_training
-from .runlog import Progress, RunLog, write_status
+from .runlog import Progress, RunLog, read_status, write_status
 from .samplers import Sampler
 from .sharding import Peers, check_sharding, local, rows, shard, total_norm
 from .step import TrainStep
 from .unet import UNet
-from .watch import HangWatch
+from .watch import HANG_EXIT_CODE, HangWatch
 
 # Below this fp16's loss scale has stopped protecting anything: gradients overflow at every scale.
 SMALLEST_SCALE = 2.0**-10
 # Share of the training sequence that data.bad_image=skip may replace, judged against one epoch at least.
 MAX_REPLACED = 0.001
 REPLACED_SHOWN = 10
+FIRST_WORD = 2.0  # seconds for another rank to say why it ended
 SHORTEST_EPOCH = 10_000  # of a stream of unknown length
 
 
@@ -71,12 +84,10 @@ class _Done:
     losses: list[Tensor]
     """float32 [n] per micro-batch."""
     norm: Tensor
-    batches: list[Batch]
-
-    @property
-    def replaced(self) -> list[str]:
-        """Messages about images in whose place another was taken."""
-        return [message for batch in self.batches for message in batch.replaced]
+    rows: list[Tensor]
+    """int64 [n] per micro-batch, on the host."""
+    replaced: list[str]
+    """Messages about images in whose place another was taken."""
 
 
 class Trainer:
@@ -97,6 +108,9 @@ class Trainer:
     def __init__(self, config: Config, *, allow_change: Collection[str] = (), replay: int | None = None) -> None:
         config.check()
         follow_launcher()
+        # Later than the watch over hanging processes, which says more than a collective that gives up.
+        self._patience = timedelta(seconds=2 * config.hang_timeout + 600 if config.hang_timeout else 365 * 86400)
+        join_processes(self._patience)
         precision, why = settle_precision(config.precision, lambda: _stored_precision(config))
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         self.accelerator = make_accelerator(
@@ -116,6 +130,18 @@ class Trainer:
         if replay is None:
             writable_folder(self.run, "run folder")
             self._lock = lock_folder(self.run) if acc.is_main_process else None
+        self.step = 0
+        try:
+            self._open(config, allow_change, replay)
+        except FastDDPMError as error:
+            # Not of a config that is refused: the run is as it was.
+            if replay is None and not isinstance(error, ConfigError):
+                self._write_failure(error)
+            raise
+
+    def _open(self, config: Config, allow_change: Collection[str], replay: int | None) -> None:
+        """The constructor from the point on where the run folder is this process's own."""
+        acc = self.accelerator
         self.config, self.changes = resolve(config, self.run, allow_change)
         if replay is None:
             for name in ("checkpoints", "unet", "scheduler", "samples"):  # a refusal now, not at the first save
@@ -124,7 +150,8 @@ class Trainer:
         # times out while another prepares a large set.
         model = self.config.model
         self.data: ImageData = open_data(self.config.data, model.image_size, model.in_channels)
-        self.checkpoints = Checkpoints(self.run, self.config.keep, Peers() if self.sharded else None)
+        peers = Peers(self._patience) if self.sharded else None
+        self.checkpoints = Checkpoints(self.run, self.config.keep, peers)
         self.writer = AsyncWriter(self.checkpoints, self._export) if self.config.save_async else None
         self._check_data("data" in allow_change)
         if replay is None:
@@ -160,7 +187,6 @@ class Trainer:
         )
         self.log, self.events = RunLog(self.run), RunLog(self.run, "numerics.jsonl")
         self._replayed = replay or 0
-        self.step = 0
         self.samples_seen = 0
         self.replaced = 0
         self.guard = Guard()
@@ -240,7 +266,6 @@ class Trainer:
             write_json(self.run / "config.json", facts | ({"changes": changes} if changes else {}))
             if newest is not None:
                 self._export(state, path)  # a kill may have come between the checkpoint and the pipeline files
-            write_status(self.run, "running", self.step)
         self.accelerator.wait_for_everyone()
 
     def _check_steps(self) -> None:
@@ -252,6 +277,12 @@ class Trainer:
         """Stand where the run stood before step `number`: the last checkpoint up to there, and the steps since."""
         if number < 1:
             raise ConfigError(f"step {number}: steps are counted from 1")
+        for change in (read_facts(self.run) or {}).get("changes") or []:
+            if change.get("step", 0) >= number:
+                self.say(
+                    f"warning: from step {change['step']} on this became another run ({change['change']}); earlier "
+                    "steps are replayed with the config of today and will not be the same"
+                )
         for path in reversed(self.checkpoints.all()):
             if int(path.name.removeprefix("step-")) >= number:
                 continue
@@ -303,16 +334,22 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
         """
         try:
-            finished = self.step >= self.config.steps or self._loop()
-        except BaseException as error:
-            code = error.exit_code if isinstance(error, FastDDPMError) else 1
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self._write_status("failed", reason=reason, exit_code=code)
-            raise
+            # Around all of it: a second signal must not end the process between a save and what the status says.
+            with StopRequest(self.replaced, self._patience) as stop:
+                try:
+                    self._write_status("running")
+                    finished = self.step >= self.config.steps or self._loop(stop)
+                    if self.writer is not None:
+                        self.writer.drain()
+                    self._write_status("done" if finished else "preempted")
+                except BaseException as error:
+                    self._write_failure(error)
+                    raise
         finally:
+            if self.writer is not None:
+                self.writer.wait()  # the lock is this run's until nothing is being written
             if self._lock is not None:
                 self._lock.close()
-        self._write_status("done" if finished else "preempted")
         return Outcome(self.run, self.step, finished)
 
     def _write_status(self, status: str, **facts: Any) -> None:
@@ -320,7 +357,26 @@ class Trainer:
             with contextlib.suppress(OSError):  # the disk may be what went wrong
                 write_status(self.run, status, self.step, **facts)
 
-    def _loop(self) -> bool:
+    def _write_failure(self, error: BaseException) -> None:
+        """status.json from whichever rank knows what happened: to the others a collective has only broken off."""
+        own = isinstance(error, FastDDPMError)
+        if not own:
+            if not self.accelerator.is_main_process:
+                return
+            if self.accelerator.num_processes > 1:
+                time.sleep(FIRST_WORD)
+                if read_status(self.run).get("status") == "failed":
+                    return
+        reason = " ".join(str(error).split()) or type(error).__name__
+        code = error.exit_code if isinstance(error, FastDDPMError) else 1
+        with contextlib.suppress(OSError):
+            write_status(self.run, "failed", self.step, reason=reason, exit_code=code)
+
+    def _report_hang(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            write_status(self.run, "failed", self.step, reason=message, exit_code=HANG_EXIT_CODE)
+
+    def _loop(self, stop: StopRequest) -> bool:
         """The steps that are left; False if a signal stopped them."""
         config, acc = self.config, self.accelerator
         if config.trackers:
@@ -337,13 +393,9 @@ class Trainer:
         self.unet.train()
         stopped = False
         mailbox = Mailbox(acc.device)
-        watch = HangWatch(config.hang_timeout, lambda message: self._write_status("failed", reason=message))
+        watch = HangWatch(config.hang_timeout, self._report_hang)
         try:
-            with (
-                StopRequest(self.replaced) as stop,
-                flushed_denormals(),
-                contextlib.closing(self._batches(config.steps)) as batches,
-            ):
+            with flushed_denormals(), contextlib.closing(self._batches(config.steps)) as batches:
                 if self.data.warning is not None:
                     progress.say(f"warning: {self.data.warning}")
                 clock = _Clock()
@@ -353,28 +405,28 @@ class Trainer:
                     self.samples_seen += config.batch_size
                     clock.images += config.batch_size
                     progress.step()
-                    mailbox.put(done.number, done.norm, done.losses, done.batches)
-                    self._judge(mailbox.take(), progress)
-                    if self.step % config.log_every == 0:
-                        self._write_record(clock.close_window(self._record(done)), progress)
+                    mailbox.put(done.number, done.norm, done.losses, done.rows)
                     watch.at(self.step, "agreeing whether to stop")
                     self._tell_replaced(done.replaced, stop.total, progress)
                     stopped = stop.agreed(len(done.replaced))
+                    logged = self.step % config.log_every == 0
+                    saved = self.step == config.steps or stopped or self.step % config.save_every == 0
+                    if logged or saved:  # what is written down counts every step up to here
+                        stopped = stop.settle()
+                        saved = saved or stopped
+                    self._judge(mailbox.take(everything=logged or saved), progress)
                     self._count_replaced(stop.total)
-                    last = self.step == config.steps or stopped
-                    if last or self.step % config.save_every == 0:
+                    if logged:
+                        self._write_record(clock.close_window(self._record(done)), progress)
+                    if saved:
                         watch.at(self.step, "saving")
                         with clock.paused():
-                            self._judge(mailbox.take(everything=True), progress)
-                            stop.settle()
-                            self._count_replaced(stop.total)
                             self.save()
-                    if config.sample_every and self.step % config.sample_every == 0:
+                        self._write_status("running")
+                    if config.sample_every and self.step % config.sample_every == 0 and not stopped:
                         watch.at(self.step, "sampling")
                         with clock.paused():
                             self.draw_grid()
-            if self.writer is not None:
-                self.writer.drain()
         finally:
             watch.close()
             progress.close()
@@ -398,7 +450,7 @@ class Trainer:
                 self.step += 1
                 self.samples_seen += self.config.batch_size
         mailbox = Mailbox(self.accelerator.device)
-        mailbox.put(done.number, done.norm, done.losses, done.batches)
+        mailbox.put(done.number, done.norm, done.losses, done.rows)
         (numbers,) = mailbox.take(everything=True)
         return self._record(done) | self._images_of(numbers)
 
@@ -420,13 +472,18 @@ class Trainer:
     def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", watch: HangWatch) -> _Done:
         """One optimiser step over accumulation micro-batches; the host waits for nothing but data."""
         config, step, number = self.config, self.train_step, self.step + 1
-        losses, used = [], []
+        losses: list[Tensor] = []
+        rows: list[Tensor] = []
+        replaced: list[str] = []
         for micro in range(config.accumulation):
             watch.at(number, "reading data")
             with clock.waiting():
-                batch = next(batches)
+                batch = next(batches, None)
+            if batch is None:
+                raise DataError(f"{config.data.source} gave no more images at step {number}: start again to go on")
             watch.at(number, "computing")
-            used.append(batch)
+            rows.append(batch.rows)
+            replaced += batch.replaced
             if step.graph is not None:
                 loss, norm = step(batch.images, batch.ordinals, self.step)
             else:
@@ -434,18 +491,13 @@ class Trainer:
             losses.append(loss)
         if step.graph is None:
             norm = step.update(self.step)
-        return _Done(number, losses, norm, [batch._replace(images=batch.images.new_empty(0)) for batch in used])
+        return _Done(number, losses, norm, rows, replaced)
 
     def _record(self, done: _Done) -> dict[str, Any]:
         """What log.jsonl says of a step. Called on all ranks; the host waits for the device."""
         total = torch.stack([loss.sum() for loss in done.losses]).sum()
         loss = self.accelerator.reduce(total * self._share, reduction="mean")
         numbers = torch.stack((loss, done.norm)).tolist()
-        scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
-            raise NumericsError(
-                f"fp16's loss scale has fallen to {scaler.get_scale():g}: every gradient overflows; use bf16 or fp32"
-            )
         record = {"step": done.number, "samples_seen": self.samples_seen, "loss": numbers[0], "grad_norm": numbers[1]}
         record["lr"] = learning_rate(self.config.optim, done.number - 1, self._horizon)
         if self.guard.num_skipped:
@@ -456,15 +508,18 @@ class Trainer:
 
     def _images_of(self, numbers: StepNumbers) -> dict[str, list[Any]]:
         """positions, rows, t and losses of a step's images over all ranks, in order of position."""
-        gathered = []
-        for column in (numbers.positions, numbers.rows, numbers.losses):
-            gathered.append(self.accelerator.gather(column.to(self.accelerator.device)).cpu())
-        positions, rows, losses = gathered
+        config, acc = self.config, self.accelerator
+        # Step `number` ended at samples_seen when it was the last; positions are of the plan, not of the device.
+        offset = self.samples_seen - self.step * config.batch_size
+        plan = BatchPlan(config.batch_size, acc.num_processes, config.accumulation, offset)
+        own = [plan.positions(numbers.number - 1, index, acc.process_index) for index in range(config.accumulation)]
+        columns = (torch.from_numpy(np.concatenate(own)), numbers.rows, numbers.losses)
+        positions, rows, losses = (acc.gather(column.to(acc.device)).cpu() for column in columns)
         order = positions.argsort()
         positions = positions[order]
         t = self.train_step.process.timesteps(positions)
-        columns = {"positions": positions, "rows": rows[order], "t": t, "losses": losses[order]}
-        return {name: column.tolist() for name, column in columns.items()}
+        found = {"positions": positions, "rows": rows[order], "t": t, "losses": losses[order]}
+        return {name: column.tolist() for name, column in found.items()}
 
     def _judge(self, arrived: Iterable[StepNumbers], progress: Progress) -> None:
         """Count and write down steps that were skipped, and spikes. Every rank sees the same norms, in step.
@@ -481,7 +536,12 @@ class Trainer:
                 continue
             images = self._images_of(numbers)
             bad = [i for i, loss in enumerate(images["losses"]) if not math.isfinite(loss)]
-            if self.accelerator.scaler is not None and not bad:
+            scaler = self.accelerator.scaler
+            if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+                raise NumericsError(
+                    f"fp16's loss scale has fallen to {scaler.get_scale():g}: all gradients overflow; use bf16 or fp32"
+                )
+            if scaler is not None and not bad:
                 continue  # how fp16's loss scale finds its size
             self.guard.skip(numbers.number)
             self._note({"step": numbers.number, "event": "skipped", "grad_norm": numbers.norm, **images})
@@ -552,16 +612,20 @@ class Trainer:
             except CheckpointError as error:
                 failure = [error]
         if self.accelerator.num_processes > 1:  # else the others would wait for a rank that has ended
-            broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise failure[0]
+            failure = gather_object(failure)
+        for found in failure:
+            if found is not None:
+                raise found
 
     def _export(self, state: State, path: Path) -> None:
         """Make the run folder a diffusers pipeline of the averages in a checkpoint that is committed."""
         if self.accelerator.is_main_process:
             # Of a sharded run no process has them all in memory.
             ema = self.checkpoints.tensors(path, "ema") if self.sharded else state.ema
-            write_pipeline(self.run, self.config.model, self.config.diffusion, ema)
+            try:
+                write_pipeline(self.run, self.config.model, self.config.diffusion, ema)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"the pipeline files of {self.run} cannot be written: {error}") from error
 
     def draw_grid(self) -> Path:
         """Sample a grid with the averaged weights into RUN/samples. Called on all ranks."""

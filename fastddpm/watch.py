@@ -4,6 +4,7 @@ A collective that one process does not join stalls all others without a word. Ev
 thread, in a table that rank 0 keeps; one that has made no progress for too long reads it and says who is behind.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 # What a step consists of, in order; a process in an earlier one holds up those in a later one.
 PHASES = ("reading data", "computing", "agreeing whether to stop", "saving", "sampling")
+# In these all wait for each other; elsewhere all may be busy for as long as it takes.
+MEETINGS = ("computing", "agreeing whether to stop")
 HANG_EXIT_CODE = 1
 PATIENCE = 15.0  # seconds for an answer of the table
 
@@ -31,14 +34,15 @@ class Post(NamedTuple):
     seconds: float
     """How long it has been there."""
     beat: int
-    """Posts of its thread so far; one that does not rise belongs to a process that is stopped, or gone."""
+    """Posts of its thread so far, which go on whatever else it does: one that stands still is stopped, or gone."""
     host: str
 
 
-def culprits(before: Mapping[int, Post | None], after: Mapping[int, Post | None]) -> tuple[list[int], str]:
+def culprits(before: Mapping[int, Post | None], after: Mapping[int, Post | None]) -> tuple[list[int], str | None]:
     """The ranks that hold up the others, and a sentence that says so, from two readings of the table some time apart.
 
-    A rank without a post has never posted. No ranks are given where all wait at the same place.
+    A rank without a post has never posted. No ranks where all wait for each other at the same place; no sentence either
+    where all are busy there, with data, a checkpoint or samples.
     """
     dead = [rank for rank, post in after.items() if post is None or before[rank] == post]
     if dead:
@@ -51,9 +55,12 @@ def culprits(before: Mapping[int, Post | None], after: Mapping[int, Post | None]
     posts = {rank: post for rank, post in after.items() if post is not None}
     places = {rank: (post.step, PHASES.index(post.phase)) for rank, post in posts.items()}
     first, last = min(places.values()), max(places.values())
-    behind = [rank for rank, place in places.items() if place == first]
     if first == last:
-        return [], f"all processes wait at step {first[0]}, {PHASES[first[1]]}: look at the network between them"
+        phase = PHASES[first[1]]
+        if phase not in MEETINGS:
+            return [], None
+        return [], f"all processes wait at step {first[0]}, {phase}: look at the network between them"
+    behind = [rank for rank, place in places.items() if place == first]
     told = [
         f"rank {rank} on {posts[rank].host} has been {posts[rank].phase} at step {posts[rank].step} for "
         f"{posts[rank].seconds:.0f} s"
@@ -75,13 +82,14 @@ class HangWatch:
         self.timeout, self.report = timeout, report
         self._place: tuple[int, str, float] = (0, PHASES[0], time.monotonic())
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         if several and timeout > 0:
             self._rank, self._world = dist.get_rank(), dist.get_world_size()
             self._period = min(5.0, timeout / 4)
-            self._store = _open_store(self._rank, self._world)
-            self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
-            self._thread.start()
+            self._table, self._reading = _open_stores(self._rank, self._world)
+            self._threads = [threading.Thread(target=work, daemon=True) for work in (self._post, self._watch)]
+            for thread in self._threads:
+                thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """The training thread begins `phase`, one of PHASES, of `step`."""
@@ -90,33 +98,37 @@ class HangWatch:
     def close(self) -> None:
         """Stop watching."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join(timeout=1)
+        for thread in self._threads:
+            thread.join(timeout=1)
 
-    def _watch(self) -> None:
+    def _post(self) -> None:
+        """Says where this process is, as long as it lives."""
         host, beat = socket.gethostname(), 0
         while not self._ended.wait(self._period if beat else 0):
             step, phase, since = self._place
-            seconds = time.monotonic() - since
             beat += 1
-            stalled = seconds > self.timeout
+            with contextlib.suppress(Exception):  # rank 0 has ended, or is what _watch will name
+                self._table.set(str(self._rank), json.dumps([step, phase, time.monotonic() - since, beat, host]))
+
+    def _watch(self) -> None:
+        """Looks into the table when this process makes no progress."""
+        while not self._ended.wait(self._period):
+            since = self._place[2]
+            if time.monotonic() - since <= self.timeout:
+                continue
+            message: str | None
             try:
-                self._store.set(str(self._rank), json.dumps([step, phase, seconds, beat, host]))
-                if not stalled:
-                    continue
                 before = self._read_in_time()
-                # Longer than the others' period, and long enough for one that is just getting there to move on.
-                if self._ended.wait(2.5 * self._period) or self._place[2] != since:
-                    continue
-                ranks, message = culprits(
-                    before, self._read_in_time() | {self._rank: Post(step, phase, seconds, -1, host)}
-                )
+                # So long that every living process has posted, and that one just getting there has moved on.
+                if self._ended.wait(3 * self._period):
+                    return
+                ranks, message = culprits(before, self._read_in_time())
             except Exception as error:  # whatever torch raises for a table that cannot be reached
-                if not stalled or self._ended.is_set():
-                    continue
                 told = " ".join(str(error).split())[:200] or type(error).__name__
                 ranks, message = [0], f"rank 0, which keeps the table of all ranks, does not answer ({told})"
-            self._end(f"no progress for {seconds:.0f} s: {message}", ranks)
+            if message is None or self._ended.is_set() or self._place[2] != since:
+                continue
+            self._end(f"no progress for {time.monotonic() - since:.0f} s: {message}", ranks)
 
     def _read_in_time(self) -> dict[int, Post | None]:
         """The table; TimeoutError where its keeper is stopped, for whose answer torch waits for ever."""
@@ -131,8 +143,8 @@ class HangWatch:
     def _read(self) -> dict[int, Post | None]:
         posts: dict[int, Post | None] = {}
         for rank in range(self._world):
-            known = self._store.check([str(rank)])
-            posts[rank] = Post(*json.loads(self._store.get(str(rank)))) if known else None
+            known = self._reading.check([str(rank)])
+            posts[rank] = Post(*json.loads(self._reading.get(str(rank)))) if known else None
         return posts
 
     def _end(self, message: str, ranks: list[int]) -> None:
@@ -141,19 +153,26 @@ class HangWatch:
             self.report(message)
             print(f"fastddpm (rank {self._rank}): error: {message}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2 * self._period)  # a launcher ends everyone at the first exit: let the message come out
+            time.sleep(4 * self._period)  # a launcher ends everyone at the first exit: let the message come out
         # The training thread is inside a collective that nothing interrupts.
         os._exit(HANG_EXIT_CODE)
 
 
-def _open_store(rank: int, world: int) -> dist.TCPStore:
-    """A table of its own, since torch's serves the collectives: rank 0 listens on a free port."""
+def _open_stores(rank: int, world: int) -> tuple[dist.TCPStore, dist.TCPStore]:
+    """Two connections to a table of its own (torch's serves the collectives), which rank 0 keeps on a free port.
+
+    Two, since a reading that waits for a stopped keeper holds its connection, and posts must go on.
+    """
     host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), datetime.timedelta(seconds=PATIENCE)
+
+    def connect(port: int, keeper: bool) -> dist.TCPStore:
+        return dist.TCPStore(host, port, world, is_master=keeper, timeout=patience, wait_for_workers=False)
+
     port: list[Any] = [None]
     if rank == 0:
-        store = dist.TCPStore(host, 0, world, is_master=True, timeout=patience, wait_for_workers=False)
-        port = [store.port]
+        first = connect(0, True)
+        port = [first.port]
     dist.broadcast_object_list(port)
     if rank != 0:
-        store = dist.TCPStore(host, port[0], world, is_master=False, timeout=patience, wait_for_workers=False)
-    return store
+        first = connect(port[0], False)
+    return first, connect(port[0], False)

@@ -1,5 +1,6 @@
 """Data: the global sequence for any number of processes and workers, resuming, loader processes, broken images."""
 
+import errno
 import glob
 import multiprocessing
 import os
@@ -31,14 +32,16 @@ from made_data import (
     write_splits,
 )
 
+import fastddpm.library
+import fastddpm.loader
 from fastddpm.data import Batch, DataConfig, ImageData, open_data
 from fastddpm.errors import ConfigError, DataError
 from fastddpm.loader import Share
 from fastddpm.order import BatchPlan, rows_at
 from fastddpm.sources import SOURCES
 
-GOLDEN_STREAMED = [2, 12, 25, 37, 0, 13, 24, 38, 1, 14, 26, 36, 34, 47, 0, 12, 46, 24, 39, 1, 12, 26]
-GOLDEN_FILTERED = [18, 26, 40, 2, 14, 28, 38, 4, 24, 36, 44, 8, 0, 12, 48, 26]
+GOLDEN_STREAMED = [7, 17, 28, 37, 5, 18, 27, 38, 6, 19, 29, 36, 25, 47, 7, 42, 49, 34, 39, 2, 21, 31]
+GOLDEN_FILTERED = [16, 36, 46, 2, 24, 26, 44, 4, 22, 34, 38, 8, 2, 40, 22, 34]
 GOLDEN_SHARDED = [(0, 2), (5, 0), (2, 1), (3, 1), (0, 0), (5, 1), (4, 5), (5, 0), (2, 0)]
 GOLDEN_MIXED = [26, 15, 2, 69, 60, 42, 45, 32, 40, 22, 68, 10, 43, 54, 37, 5]
 
@@ -279,7 +282,8 @@ def test_batches_checks_its_arguments_at_once(data: ImageData) -> None:
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, streaming: bool, workers: int) -> None:
     write_folder(tmp_path, [f"{row:02}.png" for row in range(12)])
     (tmp_path / "07.png").write_bytes(b"not an image")
-    data = open_data(DataConfig(source=f"folder:{tmp_path}", streaming=streaming), (8, 8), 3)
+    source = str(tmp_path) if streaming else f"folder:{tmp_path}"
+    data = open_data(DataConfig(source=source, streaming=streaming), (8, 8), 3)
     read: list[int] = []
 
     def read_all() -> None:
@@ -288,7 +292,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, streaming: boo
 
     message = one_line(read_all)
     row = "row 7 of shard 0 of split train" if streaming else "row 7 of split train"
-    assert f"image {tmp_path}/07.png ({row} of folder:{tmp_path}) cannot be decoded: it is not an image" in message
+    assert f"image {tmp_path}/07.png ({row} of {source}) cannot be decoded: it is not an image" in message
     # The batches before it arrive, and it is named when its own is due.
     (tmp_path / "07.png").write_bytes(png(picture(7)))
     order = [batch.rows.item() for batch in data.batches(0, 0, 12, 1, workers=0)]
@@ -353,3 +357,118 @@ def test_cifar10(streaming: bool) -> None:
             assert torch.equal(parts, getattr(whole[step], field))
     assert len(torch.unique(whole[0].labels)) == 10
     assert 90 < whole[0].images.float().mean() < 150
+
+
+def picture_paths(folder: Path, paths: list[Any], name: str = "paths.parquet") -> str:
+    """A data set whose images are in files; None: in the data."""
+    images = [{"bytes": None if path else png(picture(row)), "path": path} for row, path in enumerate(paths)]
+    column = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"picture": column}), folder / name)
+    return f"parquet:{folder / name}"
+
+
+def read_paths(source: str, streaming: bool = False, **fields: Any) -> list[Any]:
+    config = DataConfig(source=source, image_column="picture", streaming=streaming, cache_gb=0, **fields)
+    return list(open_data(config, (8, 8), 3).batches(0, 0, 1, 3, workers=0))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ConnectionResetError("reset"),
+        RuntimeError("whatever a file system raises"),
+    ],
+)
+def test_a_fault_of_the_machine_is_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, error: Exception
+) -> None:
+    """With bad_image=skip other images would be trained on because of a network that was down."""
+    monkeypatch.setattr(fastddpm.library, "RETRY_PAUSES", ())
+    source = picture_paths(tmp_path, [None, None, "a.png"])
+
+    def fails(*args: Any) -> bytes:
+        raise error
+
+    monkeypatch.setattr(fastddpm.loader, "_file_bytes", fails)
+    for policy in ("error", "skip"):
+        message = one_line(lambda policy=policy: read_paths(source, streaming, bad_image=policy))
+        assert message.startswith("image a.png (row 2 of ") and " cannot be read: " in message
+
+
+def test_a_lack_of_memory_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(fastddpm.loader, "_file_bytes", fails)
+    with pytest.raises(MemoryError):
+        read_paths(picture_paths(tmp_path, [None, "a.png"]), bad_image="skip")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_that_are_no_image_files_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.png").write_bytes(png(picture(5)) + bytes(2000))
+    (tmp_path / "secret.txt").write_text("password=1234")
+    monkeypatch.setattr(fastddpm.loader, "MAX_FILE_BYTES", 2000)
+    for path, words in (
+        (f"{tmp_path}/pipe", "names no regular file"),
+        ("/dev/zero", "names no regular file"),
+        (str(tmp_path), "IsADirectoryError"),
+        (f"{tmp_path}/absent.png", "FileNotFoundError"),
+        (f"{tmp_path}/{'x' * 300}", "cannot be read: "),
+        (f"{tmp_path}/large.png", "more than 2,000 bytes"),
+        (f"{tmp_path}/secret.txt", "it is not an image but of a format that PIL does not read"),
+    ):
+        source = picture_paths(tmp_path, [None, None, path])
+        message = one_line(lambda source=source: read_paths(source, streaming))
+        assert words in message and "password" not in message
+        (batch,) = read_paths(source, streaming, bad_image="skip")
+        assert words in batch.replaced[0] and 2 not in batch.rows.tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_of_others_name_no_files_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """Of a Hub data set only what it has brought into its caches is read."""
+    local = tmp_path / "a.png"
+    local.write_bytes(png(picture(7)))
+    monkeypatch.setitem(SOURCES, "hub", SOURCES["parquet"])
+
+    def hub(path: str) -> str:
+        return picture_paths(tmp_path, [None, None, path]).replace("parquet:", "hub:")
+
+    monkeypatch.chdir(tmp_path)
+    downloads = Path(datasets.config.DOWNLOADED_DATASETS_PATH)
+    downloads.mkdir(parents=True, exist_ok=True)
+    (downloads / "b.png").write_bytes(png(picture(8)))
+    for path in (str(local), "a.png", f"{downloads}/../../../{local}", f"{downloads}x/a.png"):
+        message = one_line(lambda path=path: read_paths(hub(path), streaming))
+        assert "is not in the data, which come from elsewhere" in message
+    (batch,) = read_paths(hub(f"{downloads}/b.png"), streaming)
+    assert picture(8).tobytes() in image_bytes(batch)
+    (batch,) = read_paths(hub(str(local)).replace("hub:", "parquet:"), streaming)
+    assert picture(7).tobytes() in image_bytes(batch)
+
+
+@pytest.mark.parametrize("fields", [{}, {"resident": True}, {"streaming": True}, {"weights": (1.0, 4.0)}])
+def test_what_replaces_an_image_is_of_its_own_source(tmp_path: Path, fields: dict[str, Any]) -> None:
+    junk = "/absent.png"
+    few = picture_paths(tmp_path, [None, junk, None, junk], "few.parquet")
+    many = picture_paths(tmp_path, [None] * 60, "many.parquet")
+    config = DataConfig(few, image_column="picture", cache_gb=0, mix=(many,), bad_image="skip", lanes=1, **fields)
+    data = open_data(config, (8, 8), 3)
+    rows = [row for batch in data.batches(0, 0, 4, 64, workers=0) for row in batch.rows.tolist()]
+    replaced = sum(len(batch.replaced) for batch in data.batches(0, 0, 4, 64, workers=0))
+    if "weights" in fields:
+        assert 5 <= replaced and sum(row < 4 for row in rows) == pytest.approx(51, abs=2)
+    else:
+        block = 4 if "streaming" not in fields else 1 << 32
+        assert replaced == 8 and sum(row < block for row in rows) == 16

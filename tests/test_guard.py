@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from test_trainer import losses, records, small
 
 from fastddpm.checkpoint import Checkpoints
-from fastddpm.data import Batch
 from fastddpm.diffusion import TrainingProcess
 from fastddpm.errors import NumericsError
 from fastddpm.guard import MAX_IN_WINDOW, WINDOW, Guard, Mailbox
@@ -76,13 +75,13 @@ def test_the_mailbox_gives_each_steps_own_numbers_back() -> None:
         mailbox.lag = lag
         came = []
         for number in range(1, 6):
-            batch = Batch(torch.empty(0), None, torch.tensor([number, number + 10]), torch.tensor([0, 1]))
+            rows = [torch.tensor([number]), torch.tensor([number + 10])]
             parts = [torch.tensor([float(number)]), torch.tensor([number + 0.5])]
-            mailbox.put(number, torch.tensor(number * 2.0), parts, [batch])
+            mailbox.put(number, torch.tensor(number * 2.0), parts, rows)
             came += list(mailbox.take())
             assert len(came) == max(0, number - lag)
         came += list(mailbox.take(everything=True))
-        assert [(n.number, n.norm, n.losses.tolist(), n.positions.tolist()) for n in came] == [
+        assert [(n.number, n.norm, n.losses.tolist(), n.rows.tolist()) for n in came] == [
             (i, 2.0 * i, [i, i + 0.5], [i, i + 10]) for i in range(1, 6)
         ]
 

@@ -378,3 +378,78 @@ def test_resize_crop_keeps_proportions_and_centre(height: int, width: int) -> No
         centres = (np.arange(size[axis]) - (size[axis] - 1) / 2) * scale + ((height, width)[axis] - 1) / 2
         profile = pixels[8] if axis else pixels[:, 12]
         assert np.abs(profile[4:-4] - 2 * centres[4:-4]).max() <= 1.1
+
+
+def tiff_gray(values: np.ndarray, zero_is_white: bool, compression: str | None = None) -> bytes:
+    """16-bit gray; PIL writes 0 as black whatever it is told, so the tag is changed in the file."""
+    data = bytearray(encode(values, "TIFF", **({} if compression is None else {"compression": compression})))
+    at = data.index(struct.pack("<HHI", 262, 3, 1))
+    data[at + 8 : at + 10] = struct.pack("<H", 0 if zero_is_white else 1)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_16_bit_tiffs_whose_zero_is_white_are_inverted(compression: str | None) -> None:
+    values = RNG.integers(0, 2**16, (5, 7), dtype=np.uint16)
+    black = decode(tiff_gray(values, False, compression), 1)[..., 0]
+    assert np.array_equal(black, np.floor(values / 257 + 0.5).astype(np.uint8))
+    assert np.array_equal(decode(tiff_gray(values, True, compression), 1)[..., 0], 255 - black)
+
+
+def test_12_bit_tiffs_are_scaled_by_their_range() -> None:
+    values = np.array([[0, 4095, 2048, 1], [4095, 16, 100, 4000]], np.uint16)
+    packed = b"".join(
+        bytes([one >> 4, (one & 15) << 4 | two >> 8, two & 255]) for one, two in values.reshape(-1, 2).tolist()
+    )
+    tags = [
+        (256, 3, 4),
+        (257, 3, 2),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 3, 2),
+        (279, 4, len(packed)),
+    ]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in tags)
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + directory + bytes(4)
+    assert np.array_equal(
+        decode(data, 1, size=(2, 4))[..., 0], np.floor(values.astype(float) * 255 / 4095 + 0.5).astype(np.uint8)
+    )
+
+
+@pytest.mark.parametrize("largest", [65535, 4095])
+def test_pgm_files_of_more_than_8_bits_are_scaled_by_their_range(largest: int) -> None:
+    values = RNG.integers(0, largest + 1, (5, 7), dtype=np.uint16)
+    data = b"P5 7 5 %d\n" % largest + values.astype(">u2").tobytes()
+    difference = decode(data, 1)[..., 0] - values.astype(float) * 255 / largest
+    assert np.abs(difference).max() <= 0.5 + 1 / 257  # PIL has rounded it to 16 bits
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_exif_data_that_cannot_be_read_turn_nothing() -> None:
+    for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01", b"MM"):
+        assert np.array_equal(decode(encode(COLOUR, exif=exif)), COLOUR)
+
+
+def test_what_the_machine_lacks_is_no_image_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        def load(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(fastddpm.images, "_load", load)
+
+    for error in (MemoryError(), OSError(24, "Too many open files")):
+        fail(error)
+        with pytest.raises(type(error)):
+            decode(encode(COLOUR))
+    fail(OSError("broken data stream"))
+    with pytest.raises(ImageProblem, match="broken data stream"):
+        decode(encode(COLOUR))
+
+
+def test_content_that_is_not_in_the_data_is_not_quoted() -> None:
+    for data in (b"secret=12345", b"\x01\x02\xff\xfe"):
+        with pytest.raises(ImageProblem, match=r"it is not an image but of a format that PIL does not read$"):
+            decode_image(data, (5, 7), 3, "exact", quote=False)

@@ -8,6 +8,7 @@ import pytest
 from made_data import NUM_ROWS, private_cache, regroup, shards_of, write_splits
 
 from fastddpm import cli
+from fastddpm import data as data_module
 from fastddpm.data import DataConfig, ImageData, open_data
 from fastddpm.order import BatchPlan
 from fastddpm.sources import SOURCES
@@ -81,6 +82,13 @@ def test_the_header_says_what_is_read(parquet: Path) -> None:
     )
     assert "step 0, rank 7, micro-batch 0\n             7  row " in text
     assert " of row group " in text and "train-0000" in text
+
+
+def test_the_memory_of_many_lanes_is_told(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned(f"parquet:{parquet}", *STREAMED, "--num-steps", "0")["warnings"] == []
+    monkeypatch.setattr(data_module, "MANY_BYTES", 100)
+    (warning,) = planned(f"parquet:{parquet}", *STREAMED, "--num-steps", "0")["warnings"]
+    assert warning.startswith("the stream's lanes (4) may hold ") and "lower data.lanes" in warning
 
 
 def test_streams_that_do_not_count_show_lanes(monkeypatch: pytest.MonkeyPatch) -> None:

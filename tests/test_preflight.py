@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 import torch
 from made_data import NUM_ROWS, one_line, picture, png, private_cache, write_folder, write_parquet, write_splits
 
+import fastddpm.loader
 import fastddpm.preflight as preflight
 from fastddpm.cli import main
 from fastddpm.config import Config, preset
@@ -29,6 +31,7 @@ from fastddpm.data import DataConfig, open_data
 from fastddpm.errors import ConfigError, DataError
 from fastddpm.order import spread
 from fastddpm.preflight import check
+from fastddpm.sources import SOURCES
 from fastddpm.unet import UNet
 
 ROOT = Path(__file__).parents[1]
@@ -142,9 +145,10 @@ def test_a_stream_that_ends_its_look_at_one_bad_image_is_not_judged_by_it(tmp_pa
     write_folder(tmp_path / "folder", [f"{row}.png" for row in range(3)])
     for row in range(3):
         (tmp_path / "folder" / f"{row}.png").write_bytes(b"")
-    source = f"folder:{tmp_path}/folder"
+    source = f"{tmp_path}/folder"
     config = dataclasses.replace(config_of(source, streaming=True, bad_image="skip"), batch_size=1)
-    (warning,) = checked(config, tmp_path)
+    shard, warning = checked(config, tmp_path)
+    assert "is a stream of one shard" in shard
     assert "1 of 1 images tried cannot be used and will be replaced" in warning and "it is empty (0 bytes)" in warning
 
 
@@ -167,7 +171,7 @@ def test_streams_are_looked_at_by_the_rows_that_batches_have(tmp_path: Path) -> 
     whole = pq.read_table(tmp_path / "data" / "train-00001-of-00003.parquet")
     pq.write_table(whole, tmp_path / "data" / "train-00001-of-00003.parquet", row_group_size=3)
     write_folder(tmp_path / "folder", [f"{row:02}.png" for row in range(9)])
-    for source, count in ((f"parquet:{tmp_path}/data", 9), (f"folder:{tmp_path}/folder", 8)):
+    for source, count in ((f"parquet:{tmp_path}/data", 9), (f"{tmp_path}/folder", 8)):
         data = open_data(DataConfig(source=source, streaming=True), (8, 8), 3)
         read = {int(batch.rows): batch for batch in data.batches(0, 0, 60, 1, workers=0)}
         found = [batch for batch in data.look_at(64) if not isinstance(batch, DataError)]
@@ -312,3 +316,100 @@ def test_it_does_so_in_less_than_ten_seconds(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
     # Of the processor: others may keep it busy.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+class Stuck(Endless):
+    """A remote set whose reads hang, in retries or for ever."""
+
+    num_images: Any = 10**12
+
+    def __init__(self, where: str) -> None:
+        super().__init__(0)
+        self.where, self.ended = where, threading.Event()
+
+    def labels(self) -> Any:
+        yield np.arange(5), pa.array([3] * 5, pa.int64())
+        if self.where == "labels":
+            self.ended.wait(60)
+
+    def look_at(self, count: int) -> Any:
+        yield SimpleNamespace(labels=torch.tensor([3]))
+        if self.where == "images":
+            self.ended.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [("labels", "only 5 were checked"), ("images", "after 0.4 s 1 images have been read")]
+)
+def test_reads_that_hang_are_given_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: str
+) -> None:
+    assert preflight.LABEL_SECONDS + preflight.PROBE_SECONDS + 2 * preflight.GRACE_SECONDS < 9.5
+    for name in ("LABEL_SECONDS", "PROBE_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(preflight, name, 0.2)
+    data: Any = Stuck(where)
+    start = time.monotonic()
+    (warning,) = check(config_of("stuck"), data, 1, run_folder=tmp_path)
+    assert time.monotonic() - start < 5 and words in warning
+    data.ended.set()
+
+
+def test_uncounted_streams_are_not_read_a_window_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def rows(shards: list[int]) -> Any:
+        for _ in shards:
+            for row in range(5000):
+                read.append(row)
+                yield {"img": {"bytes": png(picture(row % 7)), "path": None}, "label": row % 2}
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    stream = datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs={"shards": [0]})
+    monkeypatch.setitem(SOURCES, "slow", lambda location, config: stream)
+    config = config_of("slow:x", streaming=True, shuffle_buffer=4000)
+    (warning,) = checked(config, tmp_path)
+    assert (
+        warning.startswith("slow:x is a stream of one shard") and "within data.shuffle_buffer (4,000 images)" in warning
+    )
+    assert len(read) <= 256  # that are read at a time
+
+
+@pytest.mark.parametrize("label", [2, -2])
+def test_labels_of_streamed_parquet_files_are_checked(tmp_path: Path, label: int) -> None:
+    """Neither the image that is tried of the row group nor one that the filter leaves out."""
+    source = labelled(tmp_path / "a.parquet", [0, 1] * 20 + [7, label] + [0] * 18, ["a", "b"])
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.append_column("use", pa.array([i != 40 for i in range(60)])), tmp_path / "a.parquet", 12)
+    message = one_line(lambda: checked(config_of(source, streaming=True, filter="use"), tmp_path))
+    assert f"label {label} (column label) of row 5 of row group 3 of " in message and "is not in 0 .. 1" in message
+    source = labelled(tmp_path / "b.parquet", [0, None, 1, -1, 1], ["a", "b"])
+    warnings = checked(dataclasses.replace(config_of(source, streaming=True), batch_size=4), tmp_path)
+    assert warnings == [f"{source}: 2 of 5 images have no label (null or -1)"]
+
+
+@pytest.mark.parametrize("label", [2, -2])
+def test_labels_of_other_streams_are_checked_at_both_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: int
+) -> None:
+    data = open_data(DataConfig(source="digits"), (8, 8), 1)
+    found = SimpleNamespace(labels=torch.tensor([label]), rows=torch.tensor([3]))
+    monkeypatch.setattr(data, "look_at", lambda count: iter([found]))
+    monkeypatch.setattr(data, "num_classes", 2)
+    monkeypatch.setattr(data, "labels", lambda: iter(()))
+    message = one_line(lambda: check(config_of("digits"), data, 1, run_folder=tmp_path))
+    assert f"label {label} (column label) of row 3 " in message
+
+
+def test_a_machine_that_cannot_read_is_no_set_of_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "folder", [f"{row}.png" for row in range(9)])
+    config = config_of(f"folder:{tmp_path}/folder", bad_image="skip")
+    opened = open_data(dataclasses.replace(config.data, fit="resize"), (8, 8), 1)
+
+    def fails(path: str, remote: bool) -> bytes:
+        if path.endswith("3.png"):
+            raise OSError(5, "Input/output error")
+        return png(picture(1))
+
+    monkeypatch.setattr(fastddpm.loader, "_file_bytes", fails)
+    message = one_line(lambda: check(config, opened, 1, run_folder=tmp_path))
+    assert "3.png" in message and "Input/output error" in message

@@ -25,7 +25,8 @@ from made_data import (
 
 from fastddpm.data import DataConfig, open_data, resolve_source
 from fastddpm.errors import ConfigError, DataError
-from fastddpm.sources import SOURCES
+from fastddpm.filters import Filter
+from fastddpm.sources import SOURCES, open_images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +58,6 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         open_data(DataConfig(source="digits"), (8, 8), 1)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("names", "classes"),
     [
@@ -67,10 +67,10 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         (["cat/0.png", "test tubes/1.png", "train/2.png"], ["cat", "test tubes", "train"]),
     ],
 )
-def test_folders(tmp_path: Path, names: list[str], classes: list[str] | None, streaming: bool) -> None:
+def test_folders(tmp_path: Path, names: list[str], classes: list[str] | None) -> None:
     folder = write_folder(tmp_path / "my [photos] train", names)
     (folder / "notes.txt").write_text("not an image")
-    data = open_data(DataConfig(source=f"folder:{folder}", streaming=streaming), (8, 8), 3)
+    data = open_data(DataConfig(source=f"folder:{folder}"), (8, 8), 3)
     assert data.class_names == classes
     (batch,) = data.batches(0, 0, 1, 3, workers=0)
     assert sorted(image_bytes(batch)) == sorted(picture(row).tobytes() for row in range(3))
@@ -94,11 +94,10 @@ def test_folder_with_split_folders(tmp_path: Path) -> None:
         open_data(DataConfig(source=f"folder:{tmp_path}", split="test"), (8, 8), 3)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_archive_of_a_folder(tmp_path: Path, streaming: bool) -> None:
+def test_archive_of_a_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", ["cat/0.png", "dog/1.png"])
     archive = shutil.make_archive(str(tmp_path / "images"), "zip", folder)
-    data = open_data(DataConfig(source=f"folder:{archive}", streaming=streaming), (8, 8), 3)
+    data = open_data(DataConfig(source=f"folder:{archive}"), (8, 8), 3)
     (batch,) = data.batches(0, 0, 1, 2, workers=0)
     assert data.class_names == ["cat", "dog"]
     assert sorted(image_bytes(batch)) == sorted(picture(row).tobytes() for row in range(2))
@@ -143,7 +142,9 @@ def test_any_name_that_load_dataset_reads(parquet: Path, tmp_path: Path) -> None
 def test_fit_and_channels_reach_the_decoder(tmp_path: Path, streaming: bool) -> None:
     for row, (height, width) in enumerate([(8, 8), (20, 30), (31, 12)]):
         (tmp_path / f"{row}.png").write_bytes(png(picture(row, height, width)))
-    config = DataConfig(source=f"folder:{tmp_path}", fit="resize_crop", streaming=streaming)
+    config = DataConfig(
+        source=str(tmp_path) if streaming else f"folder:{tmp_path}", fit="resize_crop", streaming=streaming
+    )
     (batch,) = open_data(config, (6, 10), 1).batches(0, 0, 1, 3, workers=0)
     assert batch.images.shape == (3, 1, 6, 10) and batch.images.permute(0, 2, 3, 1).is_contiguous()
 
@@ -247,3 +248,162 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_values_that_cannot_be_run(fields: dict, size: tuple[int, int], channels: int, words: str) -> None:
     assert words in one_line(lambda: open_data(DataConfig(**fields), size, channels), ConfigError)
+
+
+def with_column(path: Path, name: str, values: pa.Array, group: int | None = None) -> str:
+    images = [png(picture(row)) for row in range(len(values))]
+    pq.write_table(pa.table({"img": images, name: values}), path, row_group_size=group)
+    return f"parquet:{path}"
+
+
+def rows_kept(source: str, text: str, streaming: bool = False) -> list[int]:
+    """Rows in the file that pass a filter."""
+    config = DataConfig(source=source, image_column="img", streaming=streaming, lanes=1, filter=text)
+    part = open_images(config).parts[0]
+    kept = part.groups.kept if part.groups is not None else part.kept
+    assert kept is not None
+    return kept.tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_filters_that_differ_in_the_middle_have_each_their_own_rows(tmp_path: Path, streaming: bool) -> None:
+    """pyarrow writes the middle of a long list as an ellipsis."""
+    source = with_column(tmp_path / "a.parquet", "number", pa.array(range(60)))
+    for left_out in (14, 15, 16):
+        wanted = [number for number in range(30) if number != left_out]
+        assert rows_kept(source, f"number in {wanted}", streaming) == wanted
+
+
+def test_the_key_of_a_filter_has_types_and_classes() -> None:
+    rule = Filter("label == 'a'")
+    keys = [
+        rule.key(datasets.Features({"label": kind}))
+        for kind in (datasets.ClassLabel(names=["a", "b"]), datasets.ClassLabel(names=["b", "a"]))
+    ]
+    keys += [rule.key(datasets.Features({"label": datasets.Value(kind)})) for kind in ("string", "large_string")]
+    assert len({str(key) for key in keys}) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_values_pass_neither_a_list_nor_its_negation(tmp_path: Path, streaming: bool) -> None:
+    source = with_column(tmp_path / "a.parquet", "number", pa.array([0, 1, None, 2]))
+    assert rows_kept(source, "number in (0, 1)", streaming) == [0, 1]
+    assert rows_kept(source, "not (number in (0, 1))", streaming) == [3]
+    assert rows_kept(source, "number not in (0, 1)", streaming) == [3]
+    assert rows_kept(source, "not (number not in (0, 1))", streaming) == [0, 1]
+    assert rows_kept(source, "not (number in (0, 1) and number == 0)", streaming) == [1, 3]
+
+
+def test_float32_is_compared_in_its_own_precision(tmp_path: Path) -> None:
+    source = with_column(tmp_path / "a.parquet", "score", pa.array([0.1, 0.5, 3], pa.float32()))
+    assert rows_kept(source, "score == 0.1") == [0]
+    assert rows_kept(source, "0.1 < score") == [1, 2]
+    assert rows_kept(source, "score in (0.1, 3)") == [0, 2]
+    assert rows_kept(source, "score >= 3") == [2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "number == " + "9" * 40,
+        f"number in (1, {10**30})",
+        "not " * 3000 + "number == 1",
+        "(" * 300 + "number == 1" + ")" * 300,
+        "number == 'word'",
+        "number in ('word',)",
+    ],
+)
+def test_a_filter_that_cannot_be_evaluated_is_named(tmp_path: Path, streaming: bool, text: str) -> None:
+    source = with_column(tmp_path / "a.parquet", "number", pa.array(range(6)))
+    with pytest.raises(ConfigError) as caught:
+        rows_kept(source, text, streaming)
+    assert str(caught.value).startswith("data.filter") and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_local_folder_is_not_streamed(tmp_path: Path) -> None:
+    """A stream of it would be one shard in the order of classes."""
+    write_folder(tmp_path / "a", ["cat/0.png", "dog/1.png"])
+    shutil.make_archive(str(tmp_path / "b"), "zip", tmp_path / "a")
+    for name in ("a", "b.zip"):
+        config = DataConfig(source=f"folder:{tmp_path}/{name}", streaming=True)
+        message = one_line(lambda config=config: open_data(config, (8, 8), 3), ConfigError)
+        assert f"folder:{tmp_path}/{name} has random access" in message and "leave out --data.streaming" in message
+
+
+def test_mixing_labelled_sources_copies_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = [{"bytes": png(picture(row, 200, 200)), "path": None} for row in range(10)]
+    for name in "ab":
+        write_parquet(tmp_path / f"{name}.parquet", range(10), img=images)
+        open_data(DataConfig(source=f"parquet:{tmp_path}/{name}.parquet"), (200, 200), 3)
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_size for path in (tmp_path / "cache").rglob("*.arrow")}
+
+    before = written()
+    assert len(before) == 2
+    config = DataConfig(
+        source=f"parquet:{tmp_path}/a.parquet",
+        mix=(f"parquet:{tmp_path}/b.parquet",),
+        cache_gb=0,
+        filter="label == 'b'",
+    )
+    data = open_data(config, (200, 200), 3)
+    (batch,) = data.batches(0, 0, 1, 10, workers=2)
+    assert batch.labels is not None and set(batch.labels.tolist()) == {1} and data.class_names == ["a", "b"]
+    for row, pixels in zip(batch.rows.tolist(), image_bytes(batch), strict=True):
+        assert pixels == picture(row % 10, 200, 200).tobytes()
+    assert written() == before
+    again = open_data(config, (200, 200), 3)
+    assert again._source.dataset._fingerprint == data._source.dataset._fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_identity_is_that_of_the_files_wherever_they_are(tmp_path: Path, streaming: bool) -> None:
+    def identity(folder: str) -> str:
+        return open_data(DataConfig(source=f"parquet:{tmp_path}/{folder}", streaming=streaming), (8, 8), 3).identity
+
+    write_splits(tmp_path / "a")
+    first = identity("a")
+    assert identity("a") == first
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    assert identity("b") == first
+    images = [{"bytes": png(picture(row + 100, 9, 8)), "path": f"{row}.png"} for row in range(20)]
+    write_parquet(tmp_path / "b" / "train-00001-of-00003.parquet", range(17, 37), img=images)
+    assert identity("b") != first
+    # Other rows under the same names: as many of them, in files of the same order.
+    shutil.copy(tmp_path / "a" / "train-00001-of-00003.parquet", tmp_path / "b" / "train-00001-of-00003.parquet")
+    assert identity("b") == first
+
+
+def test_identity_of_a_folder_is_names_and_sizes(tmp_path: Path) -> None:
+    def identity(folder: str) -> str:
+        return open_data(DataConfig(source=f"folder:{tmp_path}/{folder}"), (8, 8), 3).identity
+
+    write_folder(tmp_path / "a", ["cat/0.png", "dog/1.png"])
+    first = identity("a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    assert identity("a") == identity("b") == first
+    (tmp_path / "b" / "cat" / "0.png").write_bytes(png(picture(0, 9, 9)))
+    assert identity("b") != first
+    (tmp_path / "a" / "dog" / "1.png").rename(tmp_path / "a" / "dog" / "2.png")
+    assert identity("a") != first
+
+
+def test_digits_have_an_identity() -> None:
+    assert open_images(DataConfig(source="digits")).parts[0].digest == "6b1a97b404052130d7350e721d24e20f"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_may_begin_with_an_empty_row_group(tmp_path: Path, streaming: bool) -> None:
+    write_parquet(tmp_path / "whole.parquet", range(6))
+    whole = pq.read_table(tmp_path / "whole.parquet")
+    with pq.ParquetWriter(tmp_path / "a.parquet", whole.schema) as writer:
+        for table in (whole.slice(0, 0), whole.slice(0, 2), whole.slice(0, 0), whole.slice(2)):
+            writer.write_table(table)
+    assert pq.read_metadata(tmp_path / "a.parquet").row_group(0).num_rows == 0
+    data = open_data(DataConfig(source=f"parquet:{tmp_path}/a.parquet", streaming=streaming, lanes=1), (8, 8), 3)
+    (batch,) = data.batches(0, 0, 1, 6, workers=0)
+    assert sorted(image_bytes(batch)) == sorted(picture(row).tobytes() for row in range(6))

@@ -1,8 +1,10 @@
 """Streams by lanes, mixtures, filters, images that are skipped, and remote files that fail for a while."""
 
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from made_data import (
     write_splits,
 )
 
-from fastddpm import library, rowgroups, stored
+from fastddpm import data as data_module
+from fastddpm import library, rowgroups, stored, streams
 from fastddpm.data import Batch, DataConfig, ImageData, open_data
 from fastddpm.errors import ConfigError, DataError
 from fastddpm.filters import Filter
@@ -34,7 +37,7 @@ from fastddpm.loader import Share
 from fastddpm.order import BatchPlan, replacement
 from fastddpm.rowgroups import read_row_groups
 from fastddpm.sources import SOURCES
-from fastddpm.streams import LaneReader, ParquetLanes
+from fastddpm.streams import LaneReader, ParquetLanes, ParquetPart, rows_by_number
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +95,12 @@ def test_lanes_are_read_as_the_order_says(parquet: Path) -> None:
     # In any order, and jumping far ahead.
     for i in (59, 3, 4, 30, 10**9 + 7, 0):
         assert reader.at(i).row == lanes.rows(np.array([2]), np.array([i])).item()
+
+
+def test_a_run_without_loader_processes_outlives_its_shell(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = itertools.count(2)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    assert len(read(opened(parquet, streaming=True, lanes=4))) == 12
 
 
 def test_a_rank_opens_the_row_groups_of_its_lanes_only(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +209,9 @@ def test_mixtures_follow_their_weights(parquet: Path, tmp_path: Path, streaming:
     own = [row for row in found if row >= NUM_ROWS]
     if not streaming:
         assert all(set(own[start : start + 10]) == set(range(50, 60)) for start in range(0, 150, 10))
-    together = opened(parquet, mix=mix, streaming=streaming, lanes=6)
+    together = opened(parquet, mix=mix, streaming=streaming, lanes=2)
     assert sorted(pictures(read(together, steps=15))) == list(range(60))
-    identities = {data.identity, together.identity, opened(parquet, streaming=streaming).identity}
+    identities = {data.identity, together.identity, opened(parquet, streaming=streaming, lanes=2).identity}
     assert len(identities) == 2  # weights are in the config
 
 
@@ -234,7 +243,7 @@ def test_labels_of_a_mixture_are_kept_where_the_classes_agree(parquet: Path, tmp
         assert (
             data.warning is not None and "labels are left out: " in data.warning and "2 classes (a, c)" in data.warning
         )
-        batches = read(data, steps=10)
+        batches = read(data, steps=14)
         assert all(batch.labels is None for batch in batches) and {50, 53} & set(pictures(batches))
 
 
@@ -526,17 +535,120 @@ def test_images_behind_urls_are_read_again(
         return io.BytesIO(b"content")
 
     monkeypatch.setattr(loader, "xopen", flaky_open)
-    assert loader._read_bytes({"bytes": None, "path": "hf://x/1.png"}) == b"content"
+    assert loader._read_bytes({"bytes": None, "path": "hf://x/1.png"}, 0, str) == (b"content", False)
     assert "hf://x/1.png: ConnectionError: lost" in capfd.readouterr().err
 
 
 def test_a_small_set_has_fewer_lanes(tmp_path: Path) -> None:
-    for count, lanes in ((1, 1), (63, 1), (128, 2), (200, 2), (5000, 64)):
-        groups = rowgroups.RowGroups(("x",), *(np.zeros(1, dtype=np.int64),) * 2, np.array([count]), None, "")
+    for count, page_bytes, lanes in (
+        *((1, 0, 1), (63, 0, 1), (128, 0, 2), (200, 0, 2), (5000, 0, 64), (5000, 16 << 20, 64)),
+        *((5000, (16 << 20) + 1, 32), (5000, 1024 * 100_000, 8), (5000, 600 << 20, 1), (5000, 5 << 30, 1)),
+    ):
+        pages = np.array([page_bytes])
+        groups = rowgroups.RowGroups(("x",), *(np.zeros(1, dtype=np.int64),) * 2, np.array([count]), None, "", pages)
         write_parquet(tmp_path / "one.parquet", range(1))
         data = opened(tmp_path / "one.parquet", streaming=True)
-        data._source = data._source._replace(parts=(data._source.parts[0]._replace(groups=groups),))
-        assert data.num_lanes == lanes
+        source = data._source._replace(parts=(data._source.parts[0]._replace(groups=groups),))
+        found = ImageData(data.config, source, (8, 8), 3)
+        assert found.num_lanes == lanes and (found.warning is None) == (page_bytes < 4 << 30)
+
+
+def test_lanes_hold_no_more_than_the_footers_let_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: None
+) -> None:
+    write_parquet(tmp_path / "x.parquet", range(1500))
+    pq.write_table(pq.read_table(tmp_path / "x.parquet"), tmp_path / "x.parquet", row_group_size=1200)
+    with pq.ParquetFile(tmp_path / "x.parquet") as file:
+        sizes = [file.metadata.row_group(i).total_byte_size for i in range(2)]
+    for _ in range(2):  # the second time from the stored index
+        pages = read_row_groups([str(tmp_path / "x.parquet")], "x").page_bytes.tolist()
+        assert pages == [sizes[0] // 1200 * 1024, sizes[1] // 300 * 300]
+    assert opened(tmp_path, streaming=True).num_lanes == 16
+    monkeypatch.setattr(data_module, "LANES_BYTES", 5 * pages[0])
+    data = opened(tmp_path, streaming=True)
+    assert (data.num_lanes, data.window, data.warning) == (4, 3, None)
+    mix = (f"parquet:{tmp_path}/x.parquet",)
+    assert opened(tmp_path, streaming=True, mix=mix).num_lanes == 4
+    assert opened(tmp_path, streaming=True, mix=mix, weights=(1, 1)).num_lanes == 2
+    monkeypatch.setattr(data_module, "MANY_BYTES", 5 * pages[0])
+    warning = opened(tmp_path, streaming=True, lanes=6).warning
+    assert warning is not None and warning.startswith(f"the stream's lanes (6) may hold {6 * pages[0] / 1e9:.3g} GB")
+    assert opened(tmp_path, streaming=True, lanes=5).warning is None and opened(tmp_path, lanes=6).warning is None
+
+
+def test_the_identity_knows_lanes_and_window(parquet: Path) -> None:
+    kinds = ({}, {"lanes": 2}, {"lanes": 2, "shuffle_buffer": 14})
+    assert len({opened(parquet, streaming=True, **fields).identity for fields in kinds}) == 3
+    assert len({opened(parquet, **fields).identity for fields in kinds}) == 1
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """20 more open files than there are, until somebody raises that."""
+    resource = pytest.importorskip("resource")
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no list of open files")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_many_lanes_open_as_many_files_as_they_need(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "x.parquet", range(800))
+    fields: dict = {"streaming": True, "lanes": 20, "mix": (f"parquet:{tmp_path}/x.parquet",), "weights": (1, 1)}
+    data = opened(tmp_path, **fields)
+    request.getfixturevalue("few_files")
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "raise_file_limit", lambda: None)
+        message = one_line(lambda: read(data, steps=30))
+        assert "Too many open files" in message and "lower data.lanes, or raise the limit (ulimit -n)" in message
+    assert len(read(data, steps=30)) == 30
+
+
+def test_files_are_closed_when_a_lane_has_read_its_piece(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_now, most = 0, 0
+    real = rowgroups.open_parquet
+
+    @contextmanager
+    def counted(path: str) -> Iterator[pq.ParquetFile]:
+        nonlocal open_now, most
+        with real(path) as file:
+            open_now += 1
+            most = max(most, open_now)
+            yield file
+            open_now -= 1
+
+    monkeypatch.setattr(rowgroups, "open_parquet", counted)
+    data = opened(parquet, streaming=True, lanes=6)  # row groups of 3, which are read at once
+    assert sorted(pictures(read(data, steps=8, batch_size=6))) and most == 1
+
+
+def test_one_image_is_looked_at_without_reading_hundreds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "x.parquet", range(600))
+    chunks: list[int] = []
+    real = pq.ParquetFile.iter_batches
+
+    def recorded(self: pq.ParquetFile, batch_size: int, *rest: Any, **more: Any) -> Any:
+        chunks.append(batch_size)
+        return real(self, batch_size, *rest, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", recorded)
+    (found,) = opened(tmp_path, streaming=True).look_at(1)
+    assert isinstance(found, Batch) and max(chunks) <= 16
+
+
+def test_rows_are_numbered_without_a_list_of_all(parquet: Path) -> None:
+    huge = rowgroups.RowGroups(
+        ("x",), *(np.arange(3),) * 2, np.array([10**12, 0, 10**12]), None, "", np.zeros(3, dtype=np.int64)
+    )
+    kept = huge._replace(sizes=np.array([2, 0, 1]), kept=np.array([4, 7, 5]))
+    parts = (ParquetPart(huge, pa.schema([]), 0, 0), ParquetPart(kept, pa.schema([]), 1, 3))
+    numbers = np.array([2 * 10**12 + 1, 0, 10**12 - 1, 10**12, 2 * 10**12, 2 * 10**12 + 2])
+    places = [(row >> 32, row & 0xFFFFFFFF) for row in rows_by_number(parts, numbers % 2**62).tolist()]
+    assert [places[i] for i in (0, 1, 4, 5)] == [(3, 7), (0, 0), (3, 4), (5, 5)] and places[3] == (2, 0)
 
 
 def test_rows_are_named_by_split_and_file(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

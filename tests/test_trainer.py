@@ -387,11 +387,16 @@ def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch):
     def status() -> dict:
         return json.loads((run / "status.json").read_text())
 
-    trainer = Trainer(small(run))
-    assert (status()["status"], status()["step"]) == ("running", 0)
-    monkeypatch.setattr(Trainer, "draw_grid", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-    trainer.config = small(run, sample_every=4)
-    assert not trainer.train().finished
+    seen = []
+
+    def signalled(self):
+        seen.append((status()["status"], status()["step"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "draw_grid", signalled)
+        assert not Trainer(small(run, sample_every=4)).train().finished
+    assert seen == [("running", 3)]  # the last that is saved
     assert (status()["status"], status()["step"]) == ("preempted", 5)
     Trainer(small(run)).train()
     assert (status()["status"], status()["step"]) == ("done", 8)
@@ -400,6 +405,36 @@ def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch):
         Trainer(small(run, steps=9)).train()
     end = status()
     assert (end["status"], end["exit_code"], end["reason"]) == ("failed", 6, "the disk is full")
+    for path in Checkpoints(run).all():
+        (path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        Trainer(small(run))
+    end = status()
+    assert end["exit_code"] == 6 and "no checkpoint can be trusted" in end["reason"]
+
+
+def test_a_second_signal_while_a_checkpoint_is_written_loses_nothing(tmp_path, monkeypatch):
+    """With save_async, between the last step and the status; the first signal comes at step 4."""
+    run = tmp_path / "run"
+    plain = Checkpoints.save
+
+    def slow(self, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        return plain(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr(Trainer, "draw_grid", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    assert not Trainer(small(run, sample_every=4, save_every=100, save_async=True)).train().finished
+    assert [path.name for path in Checkpoints(run).all()] == ["step-00000005"]
+    assert json.loads((run / "status.json").read_text())["status"] == "preempted"
+
+
+def test_a_torn_log_does_not_stop_a_replay(tmp_path, whole):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_bytes((whole / "log.jsonl").read_bytes() + b'{"step": 9, "lo')
+    assert [r["step"] for r in RunLog(run).records()] == list(range(1, 9))
 
 
 def _full_disk(self, *args, **kwargs):

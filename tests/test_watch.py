@@ -1,7 +1,9 @@
 """The watch over hanging collectives: who is named, from the table alone and with a process that really stops."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,52 +45,101 @@ def test_a_rank_that_never_came_is_named() -> None:
     assert ranks == [1] and "rank 1 does not answer (it has not begun)" in message
 
 
-def test_nobody_is_named_where_all_wait_at_one_place() -> None:
-    before = {rank: post(8, "computing") for rank in range(3)}
+@pytest.mark.parametrize("phase", PHASES)
+def test_nobody_is_named_where_all_are_at_one_place(phase: str) -> None:
+    """All in a collective: something is wrong between them. All at work: nothing is."""
+    before = {rank: post(8, phase) for rank in range(3)}
     ranks, message = culprits(before, {rank: p._replace(beat=2) for rank, p in before.items()})
-    assert ranks == [] and "network" in message
+    assert ranks == []
+    assert "network" in message if phase in ("computing", "agreeing whether to stop") else message is None
 
 
 def test_one_process_is_not_watched() -> None:
     watch = HangWatch(0.1, lambda message: pytest.fail(message))
-    assert watch._thread is None
+    assert watch._threads == []
     watch.close()
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_ends_the_run_with_its_rank(tmp_path, stopped) -> None:
-    """Two processes, one of them stopped by SIGSTOP in training: the other says so instead of waiting for ever."""
+def start(tmp_path: Path, world: int, patch: str, *options: str) -> subprocess.Popen:
+    """The digits on `world` processes, which run `patch` first and write their process numbers into tmp_path."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    script = tmp_path / "stop.py"
+    script = tmp_path / "patched.py"
     script.write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
+        "rank = int(os.environ['RANK'])\n"
+        f"open({str(tmp_path)!r} + f'/pid{{rank}}', 'w').write(str(os.getpid()))\n"
         "from fastddpm.step import TrainStep\n"
-        "plain = TrainStep.update\n"
-        "def update(self, step):\n"
-        f"    if step == 5 and os.environ['RANK'] == '{stopped}': os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "    return plain(self, step)\n"
-        "TrainStep.update = update\n"
+        "from fastddpm.trainer import Trainer\n"
+        f"{patch}\n"
         "from fastddpm.cli import main\n"
         "sys.exit(main())\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    options = ["train", "--preset", "digits", "--run", str(tmp_path / "run"), "--sample-every", "0", "--steps", "90"]
-    options += ["--model.block-out-channels", "8", "16", "--model.norm-num-groups", "4", "--hang-timeout", "4"]
-    process = subprocess.Popen(
-        [*launcher, str(script), *options], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "--"]
+    options = ("--run", str(tmp_path / "run"), "--steps", "90", "--batch-size", "12", *options)
+    options += ("--model.block-out-channels", "8", "16", "--model.norm-num-groups", "4", "--hang-timeout", "4")
+    command = [*launcher, str(script), "train", "--preset", "digits", *options]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def end(process: subprocess.Popen, tmp_path: Path) -> None:
+    """At once: the launcher gives stopped processes 30 s, and they are in sessions of their own."""
+    for number in [process.pid, *(int(path.read_text()) for path in tmp_path.glob("pid*"))]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+STOPPED = """
+plain = TrainStep.update
+def update(self, step):
+    if step == 5 and rank == {}: os.kill(os.getpid(), signal.SIGSTOP)
+    return plain(self, step)
+TrainStep.update = update
+"""
+ASLEEP = """
+plain = Trainer._batches
+def batches(self, last):
+    for i, batch in enumerate(plain(self, last)):
+        if i == 5 and rank == {}: time.sleep(600)
+        yield batch
+Trainer._batches = batches
+"""
+SLOW = """
+def draw_grid(self):
+    time.sleep(15)
+Trainer.draw_grid = draw_grid
+"""
+
+
+@pytest.mark.parametrize(
+    ("world", "culprit", "patch", "says"),
+    [
+        (2, 1, STOPPED, "does not answer"),
+        (3, 1, ASLEEP, "has been reading data at step 6"),
+        pytest.param(2, 0, STOPPED, "does not answer", marks=pytest.mark.slow),
+        pytest.param(3, 0, ASLEEP, "has been reading data at step 6", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_holds_up_the_others_ends_the_run_with_its_rank(tmp_path, world, culprit, patch, says) -> None:
+    """One of them stopped by SIGSTOP, or asleep in its reader: another says so instead of waiting for ever."""
+    process = start(tmp_path, world, patch.format(culprit), "--sample-every", "0")
     try:
-        said = ""
-        for line in process.stderr:
-            if "no progress for" in line:
-                said = line
-                break
-        assert f"fastddpm (rank {1 - stopped}): error: no progress for" in said
-        assert f"rank {stopped}" in said.split("error:")[1] and "does not answer" in said
-        if stopped == 1:  # rank 0 writes the run folder
-            assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+        said = next(line for line in process.stderr if "no progress for" in line)
+        assert said.startswith(f"fastddpm (rank {1 if culprit == 0 else 0}): error:")
+        named = {int(rank) for rank in re.findall(r"rank (\d+)", said.split("error:")[1])}
+        assert named == {culprit} and says in said
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status["status"] == "failed" and f"rank {culprit}" in status["reason"] and status["exit_code"] == 1
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher gives stopped processes 30 s
-        process.wait()
-        process.stderr.close()
+        end(process, tmp_path)
+
+
+def test_work_that_takes_long_on_all_processes_is_no_hang(tmp_path) -> None:
+    process = start(tmp_path, 2, SLOW, "--steps", "2", "--sample-every", "1", "--optim.horizon", "2")
+    try:
+        said = process.stderr.read()
+        assert process.wait() == 0, said
+    finally:
+        end(process, tmp_path)
