@@ -163,9 +163,9 @@ def test_a_whole_store_needs_no_decoding_and_no_loader_processes(
 def test_each_row_is_decoded_once(data: ImageData, stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, count = loader.decode_image, [0]
 
-    def counted(*args: Any) -> np.ndarray:
+    def counted(*args: Any, **kwargs: Any) -> np.ndarray:
         count[0] += 1
-        return decode(*args)
+        return decode(*args, **kwargs)
 
     monkeypatch.setattr(loader, "decode_image", counted)
     sequence(data, 0, 20)
