@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -331,3 +332,18 @@ def test_the_module_is_the_same_program(tmp_path):
         text=True,
     )
     assert done.returncode == 5 and done.stderr.startswith("fastddpm: error: unknown preset")
+
+
+def test_dry_run_shares_out_what_a_sharded_run_shares(monkeypatch):
+    """Weights, moments, averages and gradients by the number of processes; activations are each process's own."""
+    from fastddpm.dryrun import describe
+
+    def gib(sharding: str) -> list[float]:
+        config = preset("digits", model={"block_out_channels": (64, 128)}, batch_size=64, sharding=sharding)
+        line = next(line for line in describe(config, world=4).splitlines() if line.startswith("memory"))
+        assert ("shared out among 4 processes" in line) == (sharding == "fsdp2")
+        return [float(word) for word in line.split() if re.fullmatch(r"\d+\.\d+", word)]
+
+    (whole, state, _), (shared, fourth, _) = gib("none"), gib("fsdp2")
+    assert fourth == pytest.approx(state / 4, abs=0.006)
+    assert whole - shared == pytest.approx(1.25 * (state - fourth), abs=0.015)

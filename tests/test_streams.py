@@ -584,12 +584,15 @@ def test_the_identity_knows_lanes_and_window(parquet: Path) -> None:
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """20 more open files than there are, until somebody raises that."""
+    """15 more open files than there are, until somebody raises that."""
     resource = pytest.importorskip("resource")
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("no list of open files")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    # The limit is on numbers, of which those that others have closed are free again.
+    free = [number for number in range(max(taken) + 16) if number not in taken][:15]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1] + 1, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
