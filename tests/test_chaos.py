@@ -177,17 +177,18 @@ def early(run: Path, first: int, background: bool, report: Any) -> None:
 
 
 def in_place(run: Path, first: int, background: bool, report: Any) -> None:
-    """A saver that writes where it will be read."""
-    step = first
+    """A saver that writes where it will be read, and is in the middle of it whenever it has reported."""
+    step, elsewhere = first, Checkpoints(run / "elsewhere")
+    following = elsewhere.save(chaos_files.make_state(step + 1))
     while True:
-        step += 1
+        step, whole = step + 1, following
         folder = run / "checkpoints" / f"step-{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
-        whole = Checkpoints(run / "elsewhere").save(chaos_files.make_state(step))
         folder.mkdir(parents=True)
         for path in sorted(whole.iterdir(), reverse=True):
             shutil.copy(path, folder)
-            time.sleep(0.01)
+            time.sleep(0.1)
+        following = elsewhere.save(chaos_files.make_state(step + 1))
         report.send(step)
 
 
