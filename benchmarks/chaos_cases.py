@@ -210,7 +210,7 @@ def quiet(session: Session) -> None:
 
 def signals(session: Session) -> None:
     """SIGTERM and SIGINT to trainer, launcher and group, with loader processes; and the SLURM script."""
-    steps = session.number(80, 30)
+    steps = session.number(240, 30)  # a launcher may take seconds to end, and its trainer goes on meanwhile
     options = {
         "data.source": session.parquet(),
         "data.cache-gb": 0,
