@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddpm_kernels
+from fastddpm.blocks import PACKS
 from fastddpm.compiling import compile_blocks, compile_unet
 from fastddpm.config import EMAConfig, OptimConfig, preset
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
@@ -329,6 +330,23 @@ def test_frozen_weights_are_cast_once_and_give_the_same_results() -> None:
     assert not torch.equal(net(x_t, 7).sample, expected), "a cast was kept"
     with pytest.raises(ValueError, match=r"compute_dtype is torch\.int8"):
         net.compute_dtype = torch.int8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_convolutions_are_packed_for_each_size_of_image(dtype: torch.dtype) -> None:
+    net = shaken(NET).eval()
+    net.compute_dtype = dtype
+    truth = copy.deepcopy(net).double()
+    truth.compute_dtype = torch.float64
+    generator = torch.Generator().manual_seed(0)
+    with net.frozen({}):
+        for shape in ((1, 3, 16, 16), (3, 3, 16, 16), (1, 3, 32, 16)):
+            x_t = torch.randn(shape, generator=generator)
+            expected = truth(x_t.double(), 7).sample
+            tolerance = 1e-5 if dtype == torch.float32 else 0.1
+            for _ in range(2):  # the second finds the weights packed
+                torch.testing.assert_close(net(x_t, 7).sample.double(), expected, atol=tolerance, rtol=tolerance)
+        assert sum(len(key[1]) == 5 for key in net.shared.frozen or {}) > 3 or not PACKS
 
 
 def test_interleaved_samplers_leave_the_net_as_it_was() -> None:

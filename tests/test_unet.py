@@ -639,5 +639,7 @@ def test_the_address_reaches_a_net_inside_distributed_data_parallel(tmp_path: Pa
             output.square().mean().backward()
         assert torch.equal(output, expected)
         assert all(p.grad is not None for p in net.parameters())
+        # Before the group: the last to hold gloo's threads must not wait for them with the interpreter locked.
+        del wrapped, output
     finally:
         torch.distributed.destroy_process_group()
