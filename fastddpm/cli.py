@@ -25,12 +25,17 @@ from .errors import ConfigError, FastDDPMError
 
 T = TypeVar("T")
 
+EvaluateMetric = Literal["nll", "nll_ode"]
+
 USAGE = """\
 usage: fastddpm COMMAND [options]
 
   train    train a DDPM into a run folder, or go on with the run that is there
   replay   compute one step of a run again, exactly, and print what came out
-  sample   draw images from a run folder, a diffusers model folder or a Hub id
+  sample   draw images from a run folder, a diffusers model folder or a Hub id; edit images with it
+  evaluate measure a run: the bound on the likelihood, term by term
+  explain  show the lecture on a run's own numbers: forward, noise, bound
+  ema      make the average of any width from a run's snapshots
   plan     show which images a run will read, by process and step
 
 fastddpm COMMAND --help shows every option; fastddpm --version the version."""
@@ -112,6 +117,79 @@ class SampleCommand:
     """Compile the network's blocks: torch.compile on a GPU, the machine's C++ compiler on a CPU."""
     graph: bool = False
     """Replay each step as one CUDA graph: faster in small batches."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure a run; prints one JSON line, writes numbers and a plot into RUN/evaluation (or DIR)."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder."""
+    metrics: tuple[EvaluateMetric, ...] = ("nll",)
+    (
+        "nll: the variational bound in bits per dimension, as L_T, the sum of L_{t-1}, and L_0; nll_ode: the likelihood "
+        "under the probability-flow ODE, with Hutchinson's estimate of the divergence."
+    )
+    source: str | None = None
+    """Images to measure on, written as --data.source; unset: the run's own."""
+    split: str = "test"
+    """Split to measure on."""
+    num: int | None = None
+    """Images, from the first of the split on; unset: all of them."""
+    batch_size: int = 64
+    """Images per network call on each process."""
+    every: int = 1
+    """nll: take every EVERY-th timestep of the sum, each standing for EVERY of them; 1 takes all."""
+    steps: int = 100
+    """nll_ode: steps of the solver (Heun's: two network evaluations each)."""
+    probes: int = 1
+    """nll_ode: Hutchinson probes per image."""
+    seed: int = 0
+    """Seed of the noise."""
+    out: str | None = None
+    """Folder to write into; unset: RUN/evaluation."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network: fp32, bf16, fp16 (GPU only), or auto: bf16 where it is faster."""
+
+
+@dataclass(frozen=True)
+class ExplainCommand:
+    """Show a piece of the lecture on real numbers: TOPIC is forward, noise or bound; writes pictures into DIR."""
+
+    topic: Annotated[Literal["forward", "noise", "bound"], tyro.conf.Positional]
+    (
+        "forward: why one draw is enough, the chain step by step beside the closed form; noise: why there is noise at "
+        "inference, the same seeds with full, reduced and no noise; bound: from log p(x_0) to the three terms to the "
+        "eps loss, each line with its number."
+    )
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """Run folder; forward needs none (it takes the digits)."""
+    num: int = 8
+    """Images shown; noise measures diversity on at least 64."""
+    steps: int | None = None
+    """noise: network evaluations per image; unset: all timesteps."""
+    temperatures: tuple[float, ...] = (1.0, 0.5, 0.0)
+    """noise: factors of the noise of each step; 0 is the mean only."""
+    seed: int = 0
+    """Seed of all noise."""
+    out: str | None = None
+    """Folder to write into; unset: RUN/explain, or explain without a run."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network: fp32, bf16, fp16 (GPU only), or auto: bf16 where it is faster."""
+
+
+@dataclass(frozen=True)
+class EmaCommand:
+    """Make the weights averaged over any relative width from the snapshots of a run that kept them (--ema.widths)."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder."""
+    width: float
+    """Relative standard deviation of the average: 0.1 averages over about the last tenth of the training steps."""
+    step: int | None = None
+    """The average as of this step; unset: the last snapshot's."""
+    out: str | None = None
+    """Folder to write the pipeline into; unset: RUN/ema/width-WIDTH. `fastddpm sample` and diffusers read it."""
 
 
 def _message(raw: str) -> str:
@@ -260,7 +338,45 @@ def plan(args: list[str]) -> int:
     )
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "replay": replay, "sample": sample, "plan": plan}
+def _simple(kind: type[T], name: str, args: list[str]) -> T:
+    """The options of a command without a preset."""
+    valid = [f.name.replace("_", "-") for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return parse(kind, args, f"fastddpm {name}", None, valid)
+
+
+def evaluate(args: list[str]) -> int:
+    """`fastddpm evaluate`."""
+    command = _simple(EvaluateCommand, "evaluate", args)
+    from .evaluation import run_evaluate
+
+    return run_evaluate(command)
+
+
+def explain(args: list[str]) -> int:
+    """`fastddpm explain`."""
+    command = _simple(ExplainCommand, "explain", args)
+    from .explain import run_explain
+
+    return run_explain(command)
+
+
+def ema(args: list[str]) -> int:
+    """`fastddpm ema`."""
+    command = _simple(EmaCommand, "ema", args)
+    from .averages import run_ema
+
+    return run_ema(command)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "replay": replay,
+    "sample": sample,
+    "evaluate": evaluate,
+    "explain": explain,
+    "ema": ema,
+    "plan": plan,
+}
 
 
 def run(args: list[str]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from .augment import AUGMENT_PARAMETERS
 from .data import DataConfig
 from .diffusion import ProcessConfig
 from .errors import ConfigError
@@ -55,6 +56,13 @@ class EMAConfig:
     """Decay per optimiser step."""
     warmup: bool = True
     """Use min(decay, (1 + n) / (10 + n)) at step n, or the first thousands of steps average the initial noise."""
+    widths: tuple[float, ...] = ()
+    (
+        "Relative widths of power-function averages kept beside it, e.g. 0.05 0.1: from their snapshots `fastddpm ema` "
+        "makes the average of any width afterwards (Karras et al. 2024, section 3). None by default."
+    )
+    snapshot_every: int = 0
+    """Optimiser steps between those snapshots; 0: one at each checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class Config:
     """fsdp2: each process holds its share of weights, gradients, moments and averages, for nets that do not fit."""
     hang_timeout: float = 600.0
     """Seconds without progress after which several processes end, naming the rank that holds them up; 0 waits on."""
+    conditional: bool = False
+    """Train on the labels of the data: the network is told the class, and `sample --class` asks for one."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to beside log.jsonl, e.g. tensorboard wandb; each must be installed."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -178,10 +188,52 @@ class Config:
                 f"model.in_channels is {self.model.in_channels} and model.out_channels {self.model.out_channels}: "
                 "the network predicts one value per input value, so they must be equal"
             )
-        if self.model.num_class_embeds is not None or self.model.class_embed_type is not None:
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        if self.model.class_embed_type is not None:
+            raise ConfigError("model.class_embed_type must be unset: the trainer's classes are numbers (--conditional)")
+        if self.model.num_class_embeds is not None and not self.conditional:
             raise ConfigError(
-                "model.num_class_embeds and model.class_embed_type must be unset: the trainer is unconditional so far"
+                f"model.num_class_embeds is {self.model.num_class_embeds} and conditional is not set: add --conditional"
             )
+        if self.diffusion.label_dropout and not self.conditional:
+            raise ConfigError(
+                f"diffusion.label_dropout is {self.diffusion.label_dropout} and conditional is not set: an "
+                "unconditional run has no labels to drop"
+            )
+        if not 0 <= self.data.augment <= 1:
+            raise ConfigError(f"data.augment is {self.data.augment}: it must be in 0 .. 1")
+        if self.model.augment_channels:
+            raise ConfigError("model.augment_channels must be unset: --data.augment sets it")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.model.in_channels
+
+    def network(self) -> UNetConfig:
+        """The network that is trained: `model`, whose channels are those of the images, and what the process adds.
+
+        Learned variances are as many channels again in its output, an estimate of its own in its input
+        (self-conditioning), hidden labels a class of their own behind the last one, augmentations their parameters.
+
+        Raises:
+            ConfigError: conditional, and the number of classes is not set (the trainer takes that of the data).
+        """
+        model, diffusion = self.model, self.diffusion
+        changes: dict[str, Any] = {}
+        if diffusion.variance == "learned_range":
+            changes["out_channels"] = 2 * model.out_channels
+        if diffusion.self_conditioning:
+            changes["in_channels"] = 2 * model.in_channels
+        if self.conditional:
+            if model.num_class_embeds is None:
+                raise ConfigError("conditional is set and model.num_class_embeds is not: give the number of classes")
+            changes["num_class_embeds"] = model.num_class_embeds + (diffusion.label_dropout > 0)
+        if self.data.augment:
+            changes["augment_channels"] = AUGMENT_PARAMETERS
+        return dataclasses.replace(model, **changes)
 
     def check_numbers(self) -> None:
         """Check the ranges of optimiser and EMA fields.

@@ -72,6 +72,11 @@ class DataConfig:
     )
     flip: bool = True
     """Mirror each training image left to right with probability 1/2, drawn on the device at the sample's position."""
+    augment: float = 0.0
+    (
+        "Probability of each geometric augmentation (flips, turns, scaling, shifts; Karras et al. 2022, appendix F.2), "
+        "whose parameters the network is told, so that they do not leak into samples; 0.12 is theirs, 0 none."
+    )
     workers: int = 2
     (
         "Loader processes per training process, which decode ahead of the training step; 0 decodes in the training "

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 else:  # the choices of --help are the table's names, written once
     ScheduleName = Literal[tuple(SCHEDULES)]
 
+LossName = Literal["simple", "min_snr", "p2", "vlb", "hybrid"]
+TimestepSampling = Literal["uniform", "stratified", "loss_aware"]
 Spacing = Literal["trailing", "leading", "linspace"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
 
@@ -184,6 +186,42 @@ class ProcessConfig:
     """Limit of the predicted x_0; images are in -1 .. 1."""
     spacing: Spacing = "trailing"
     """Which timesteps are kept when sampling takes fewer than T: trailing starts at T - 1, leading ends at 0."""
+    zero_terminal_snr: bool = False
+    (
+        "Rescale the schedule so that x_T is pure noise (Lin et al. 2024, algorithm 1); needs prediction v or x_0, "
+        "since from pure noise eps says nothing about x_0."
+    )
+    dynamic_threshold: float | None = None
+    (
+        "Clip x_0 to this quantile of its absolute values, at least clip_range, and scale it back to clip_range "
+        "(Imagen's dynamic thresholding, e.g. 0.995); None clips to clip_range itself."
+    )
+    loss: LossName = "simple"
+    (
+        "simple (DDPM eq. 14), min_snr (Hang et al. 2023), p2 (Choi et al. 2022), vlb (the bound itself, eq. 5) or "
+        "hybrid (simple plus vlb_weight x vlb, for learned_range; improved DDPM, eq. 16)."
+    )
+    min_snr_gamma: float = 5.0
+    """Signal-to-noise ratio above which min_snr stops weighting timesteps up."""
+    p2_gamma: float = 1.0
+    """Exponent of p2's weight 1 / (p2_k + snr)^p2_gamma on the error of eps."""
+    p2_k: float = 1.0
+    """Constant in p2's weight."""
+    vlb_weight: float = 1e-3
+    """Weight of the bound in hybrid (improved DDPM's lambda)."""
+    huber: float | None = None
+    """Pseudo-Huber loss with this threshold on each element's error, in place of its square; None: the square."""
+    offset_noise: float = 0.0
+    """Standard deviation of noise that is added to eps, the same in all pixels of a channel (0.1 is usual)."""
+    timesteps: TimestepSampling = "uniform"
+    (
+        "How t is drawn: uniform; stratified (each batch covers 0 .. T-1 evenly); loss_aware (in proportion to the root "
+        "mean square of past losses, weighted back; improved DDPM, eq. 18)."
+    )
+    label_dropout: float = 0.0
+    """Share of training images whose class is hidden, for classifier-free guidance (0.1 is usual; Ho & Salimans)."""
+    self_conditioning: bool = False
+    """Give the network its last estimate of x_0 as further input channels (Chen et al. 2022)."""
 
     def check(self) -> None:
         """Raise a ConfigError naming the field, its value and what is valid, unless all of them are."""

@@ -18,7 +18,7 @@ from .errors import ConfigError
 
 Array = NDArray[np.float64]
 Prediction = Literal["eps", "x_0", "v"]
-Variance = Literal["fixed_small", "fixed_large"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 VARIANCES: tuple[str, ...] = get_args(Variance)

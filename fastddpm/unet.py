@@ -41,7 +41,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None, "timestep", "identity"),
 }
 # Keys that say how a net is trained, not what it is: not UNet2DModel's.
-OURS_ALONE = ("checkpoint_activations",)
+OURS_ALONE = ("checkpoint_activations", "augment_channels")
 COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
 OPTIONAL_COUNTS = (
     "time_embedding_dim",
@@ -114,6 +114,8 @@ class UNetConfig:
     """Kept for diffusers, where it sizes the learned time embedding, which is not supported here."""
     checkpoint_activations: bool = False
     """Make the activations of each residual block and attention again in the backward pass: less memory, more time."""
+    augment_channels: int = 0
+    """Parameters of an augmentation that the network is told in training; set by --data.augment."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

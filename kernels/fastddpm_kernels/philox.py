@@ -50,6 +50,13 @@ class Stream(enum.IntEnum):
     DROPOUT = 4
     X_T = 5  # initial noise of sampling
     Z = 6  # noise of the reverse steps
+    OFFSET = 7  # training noise that is the same in all pixels of a channel
+    LABEL = 8  # whether a sample's label is dropped
+    SELF_CONDITION = 9  # whether a sample is given an estimate of its own
+    AUGMENT = 10  # parameters of a sample's augmentation
+    RENOISE = 11  # noise that goes back up the chain: RePaint's jumps, starts from an image
+    BOUND = 12  # noise of the bound's Monte Carlo estimate
+    PROBE = 13  # Hutchinson's probes
 
 
 def stream_tag(kind: int, layer: int = 0) -> int:
