@@ -121,7 +121,7 @@ class Truth:
 
 def _ddim_state(row: Sequence[float], x_t: Tensor, prediction: Tensor) -> Tensor:
     """The deterministic step that a row of coefficients describes: x_0_hat clipped, then C x_0_hat + E x_t."""
-    A, B, C, E, _, _, low, high = (float(value) for value in row)
+    A, B, C, E, _, _, low, high = (float(value) for value in row[:8])
     return C * (A * x_t + B * prediction).clamp(low, high) + E * x_t
 
 

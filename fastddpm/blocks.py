@@ -557,12 +557,13 @@ def project_embedding(embedding: Tensor, blocks: list[ResnetBlock], shared: Shar
 
 
 @torch.no_grad()
-def initialise(net: nn.Module, seed: int, last: nn.Module) -> None:
+def initialise(net: nn.Module, seed: int, last: nn.Module, zero: nn.Linear | None = None) -> None:
     """Ho's initialisation: variance scaling (fan_avg, uniform) of scale 1, biases 0, norms the identity.
 
     `last`, the second convolution of each residual block and the output of each attention get scale 1e-10, so that the
     net and every residual branch start as (nearly) zero. Class embeddings are N(0, 1), as in ADM. All numbers are drawn
-    in fp32 on the CPU, in the order of modules(), so that they depend on `seed` alone.
+    in fp32 on the CPU, in the order of modules(), so that they depend on `seed` alone. `zero` starts at 0 and draws
+    none, so that the rest of the net is that of the net without it.
     """
     generator = torch.Generator().manual_seed(seed)
     nearly_zero = {last}
@@ -572,7 +573,9 @@ def initialise(net: nn.Module, seed: int, last: nn.Module) -> None:
         elif isinstance(module, Attention):
             nearly_zero.add(module.to_out[0])
     for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if zero is not None and module is zero:
+            zero.weight.zero_()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
             weight = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
             scale = 1e-10 if module in nearly_zero else 1.0
             module.weight.copy_(nn.init.xavier_uniform_(weight, gain=math.sqrt(scale), generator=generator))

@@ -16,12 +16,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from .config import PRESETS, Config, Precision, flatten, preset
 from .errors import ConfigError, FastDDPMError
+from .solvers import SAMPLERS
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:  # the choices of --help are those of the table that lead to an image
+    SamplerName = Literal[tuple(name for name, solver in SAMPLERS.items() if solver.to_image)]
 
 T = TypeVar("T")
 
@@ -32,7 +38,8 @@ usage: fastddpm COMMAND [options]
 
   train    train a DDPM into a run folder, or go on with the run that is there
   replay   compute one step of a run again, exactly, and print what came out
-  sample   draw images from a run folder, a diffusers model folder or a Hub id; edit images with it
+  sample   draw images from a run folder, a diffusers model folder or a Hub id
+  edit     edit a picture with the net: inpaint, start from a sketch, variations, interpolate between two
   evaluate measure a run: the bound on the likelihood, term by term
   explain  show the lecture on a run's own numbers: forward, noise, bound
   ema      make the average of any width from a run's snapshots
@@ -95,16 +102,39 @@ class SampleCommand:
     """Run folder, local diffusers model or pipeline folder, or Hub id such as google/ddpm-cifar10-32."""
     num: int = 64
     """Images to draw: numbers 0 .. NUM - 1 of the seed."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ddpm: ancestral, fresh noise at every step; ddim: deterministic unless eta is above 0, good in few steps."""
+    sampler: SamplerName = "ddpm"
+    (
+        "ddpm: ancestral, fresh noise at every step; ddim: deterministic unless eta is above 0; dpmpp_2m "
+        "(DPM-Solver++(2M)), unipc, heun (EDM's): deterministic and of second order, good from 10 to 25 steps on; "
+        "dpmpp_2m_sde: the same with fresh noise."
+    )
     steps: int | None = None
-    """Network evaluations per image; unset: all timesteps of the model."""
+    """Steps, a network evaluation each (heun: two, but for the last); unset: all timesteps of the model."""
     eta: float = 0.0
-    """DDIM's share of fresh noise, 0 to 1; 1 over all timesteps is the ancestral sampler. Ignored by ddpm."""
-    variance: Literal["fixed_small", "fixed_large"] | None = None
-    """Reverse variance of ddpm; unset: the model's own. With fewer steps fixed_small is better."""
+    """DDIM's share of fresh noise, 0 to 1; 1 over all timesteps is the ancestral sampler."""
+    churn: float = 0.0
+    """heun's fresh noise (S_churn of EDM), at least 0; 0 is deterministic."""
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] | None = None
+    """Reverse variance of ddpm; unset: the model's own. With fewer steps fixed_small or learned_range is better."""
+    temperature: float = 1.0
+    """Factor of the noise that samplers add on the way; 0 takes the mean of each step."""
     spacing: Literal["trailing", "leading", "linspace"] | None = None
-    """Which timesteps are kept when there are fewer than all; unset: the model's own (trailing for our runs)."""
+    """Which timesteps are kept when there are fewer than all (but by heun); unset: the model's own (ours: trailing)."""
+    threshold: float | None = None
+    (
+        "Dynamic threshold: clip the x_0 of each image to this quantile of its absolute values and scale it back "
+        "(0.995 with strong guidance); unset: the model's own clipping."
+    )
+    labels: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = ()
+    """Class of all images, or several that take turns; unset: all of a conditional model in turn, 0, 1, 2, ..."""
+    guidance: float = 1.0
+    """Guidance w in guide + w (prediction - guide): 1 is none, 1.5 to 4 are usual. Needs label dropout or --guide."""
+    guidance_interval: tuple[float, float] | None = None
+    """Where guidance acts, as two shares of the noise steps, such as 0.1 0.8; unset: everywhere."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, of the guided prediction brought back to the unguided one's standard deviation (0.7 is usual)."""
+    guide: str | None = None
+    """A weaker model of the same images that guides, named as SOURCE is; unset: SOURCE itself without a class."""
     seed: int = 0
     """Image n of a seed is the same whatever the batch size and the number of processes."""
     batch_size: int = 64
@@ -120,6 +150,72 @@ class SampleCommand:
 
 
 @dataclass(frozen=True)
+class EditCommand:
+    """Edit a picture with a net: paint parts of it anew, start from it, vary it, or go from it to another.
+
+    Writes DIR/edit.png (what went in first, what came out below) and DIR/samples.npz; interpolate DIR/edit.gif too.
+    """
+
+    task: Annotated[Literal["inpaint", "start", "variations", "interpolate"], tyro.conf.Positional]
+    (
+        "inpaint: paint the white part of --mask anew and keep the rest exactly (RePaint); start: noise the image to "
+        "--strength and sample from there, so that a sketch becomes a picture (SDEdit); variations: the same, many "
+        "times; interpolate: pictures between --image and --to."
+    )
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Run folder, local diffusers model or pipeline folder, or Hub id."""
+    image: str
+    """The picture, in any format of PIL's."""
+    mask: str | None = None
+    """inpaint: a picture of the image's size; white (128 and more) is painted anew, black is kept."""
+    to: str | None = None
+    """interpolate: the picture to end at."""
+    strength: float | None = None
+    """start, variations, interpolate --how noise: share of the noise steps, up to 1; unset: 0.6 for start, else 0.5."""
+    num: int | None = None
+    """inpaint, start, variations: results, numbers 0 .. NUM - 1 of the seed; unset: 4, 1 and 16."""
+    resamples: int | None = None
+    """inpaint: times that each stretch of steps is gone, so that the paint fits what is kept; unset: 10, 1 is once."""
+    jump: int | None = None
+    """inpaint: steps of a stretch; unset: 10, or a tenth of the steps where they are fewer than 100."""
+    frames: int | None = None
+    """interpolate: pictures on the way, both ends among them; unset: 9."""
+    how: Literal["inversion", "noise"] | None = None
+    (
+        "interpolate: inversion (unset): between the two x_T that DDIM run backwards finds, so that the ends are the "
+        "pictures themselves; noise: between the two noised to --strength, with ends that are like them (Ho et al.)."
+    )
+    refine: int | None = None
+    """interpolate --how inversion: rounds of the inversion of each step; more bring the ends closer; unset: 5."""
+    fit: Literal["exact", "resize", "crop", "resize_crop"] = "exact"
+    """How images of another size than the model's are brought to it, as for training."""
+    background: str | None = None
+    """Colour behind partly transparent images, such as white or #80a0ff; unset: they are refused."""
+    label: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of the result, which a conditional net needs; one trained with label dropout does without, too."""
+    guidance: float = 1.0
+    """Classifier-free guidance, for a net trained with label dropout; 1 is none."""
+    sampler: SamplerName | None = None
+    """As for sample (inpaint: ddpm or ddim); unset: ddim for interpolate --how inversion, else ddpm."""
+    steps: int | None = None
+    """Steps of the sampler; unset: 250 for inpaint, 100 for interpolate, else all timesteps of the model."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise, 0 to 1."""
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] | None = None
+    """Reverse variance of ddpm; unset: the model's own. With fewer steps fixed_small is better."""
+    spacing: Literal["trailing", "leading", "linspace"] | None = None
+    """Which timesteps are kept when there are fewer than all; unset: the model's own."""
+    seed: int = 0
+    """Result n of a seed is the same whatever the batch size and the number of processes."""
+    batch_size: int = 64
+    """Images per network call on each process."""
+    out: str = "edited"
+    """Folder to write into; made if it is not there."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network: fp32, bf16, fp16 (GPU only), or auto: bf16 where it is faster."""
+
+
+@dataclass(frozen=True)
 class EvaluateCommand:
     """Measure a run; prints one JSON line, writes numbers and a plot into RUN/evaluation (or DIR)."""
 
@@ -132,8 +228,8 @@ class EvaluateCommand:
     )
     source: str | None = None
     """Images to measure on, written as --data.source; unset: the run's own."""
-    split: str = "test"
-    """Split to measure on."""
+    split: str | None = None
+    """Split to measure on; unset: test, or of the digits, which have no other, the images they were trained on."""
     num: int | None = None
     """Images, from the first of the split on; unset: all of them."""
     batch_size: int = 64
@@ -142,8 +238,8 @@ class EvaluateCommand:
     """nll: take every EVERY-th timestep of the sum, each standing for EVERY of them; 1 takes all."""
     steps: int = 100
     """nll_ode: steps of the solver (Heun's: two network evaluations each)."""
-    probes: int = 1
-    """nll_ode: Hutchinson probes per image."""
+    probes: int = 2
+    """nll_ode: Hutchinson probes per image; from one alone the error of the estimate is not known."""
     seed: int = 0
     """Seed of the noise."""
     out: str | None = None
@@ -164,8 +260,8 @@ class ExplainCommand:
     )
     run: Annotated[str, tyro.conf.Positional] = ""
     """Run folder; forward needs none (it takes the digits)."""
-    num: int = 8
-    """Images shown; noise measures diversity on at least 64."""
+    num: int | None = None
+    """Images shown, 8 unless set (noise measures diversity on at least 64); of bound, images measured: 32."""
     steps: int | None = None
     """noise: network evaluations per image; unset: all timesteps."""
     temperatures: tuple[float, ...] = (1.0, 0.5, 0.0)
@@ -320,6 +416,14 @@ def sample(args: list[str]) -> int:
     return run_sample(command)
 
 
+def edit(args: list[str]) -> int:
+    """`fastddpm edit`."""
+    command = _simple(EditCommand, "edit", args)
+    from .edit import run_edit
+
+    return run_edit(command)
+
+
 def plan(args: list[str]) -> int:
     """`fastddpm plan`."""
     base = preset(_preset_of(args))
@@ -372,6 +476,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "replay": replay,
     "sample": sample,
+    "edit": edit,
     "evaluate": evaluate,
     "explain": explain,
     "ema": ema,

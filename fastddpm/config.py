@@ -77,6 +77,8 @@ class GridConfig:
     """Network evaluations per image; unset: all timesteps."""
     eta: float = 0.0
     """DDIM's share of fresh noise, 0 to 1 (ignored by ddpm)."""
+    guidance: float = 1.0
+    """Classifier-free guidance of a conditional run with label dropout; 1 is none."""
     batch_size: int = 64
     """Images per network call on each process."""
 
@@ -260,6 +262,8 @@ class Config:
                 "above 0, or None for no clipping",
             ),
             ("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "in [0, 1)"),
+            ("ema.snapshot_every", self.ema.snapshot_every, self.ema.snapshot_every >= 0, "at least 0"),
+            ("grid.guidance", self.grid.guidance, self.grid.guidance >= 0, "at least 0; 1 is none"),
             ("data.workers", self.data.workers, self.data.workers >= 0, "at least 0"),
             ("data.cache_gb", self.data.cache_gb, self.data.cache_gb >= 0, "at least 0"),
             ("hang_timeout", self.hang_timeout, self.hang_timeout >= 0, "at least 0"),
@@ -267,6 +271,10 @@ class Config:
         for name, value, ok, valid in checks:
             if not ok:
                 raise ConfigError(f"{name} is {value}: it must be {valid}")
+
+        for width in self.ema.widths:
+            if not 0 < width <= 12**-0.5:
+                raise ConfigError(f"ema.widths has {width:g}: each must be above 0 and at most 0.288 (12^-1/2)")
 
     def micro_batch(self, world: int) -> int:
         """Images per forward pass on each of `world` processes.

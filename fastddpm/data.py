@@ -140,13 +140,20 @@ class Batch(NamedTuple):
 
 
 def open_data(config: DataConfig, size: tuple[int, int], channels: int) -> ImageData:
-    """Opens the images of `config` for a model of size (H, W) and 1 or 3 channels.
+    """Opens the images of `config` for a model of size (H, W) and so many channels.
+
+    Image files have 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA) of them; columns of uint8 arrays any number.
 
     Nothing is decoded here. Raises ConfigError for values that cannot be run and DataError, one line that names what
     is wrong and what there is, for data that cannot be opened or lack what the config asks for.
     """
-    if channels not in (1, 3):
-        raise ConfigError(f"a model of {channels} channels: images have 1 (gray) or 3 (RGB)")
+    if channels < 1:
+        raise ConfigError(f"a model of {channels} channels: images have at least 1")
+    if config.background is not None and channels not in (1, 3):
+        raise ConfigError(
+            f"data.background is {config.background!r} and the model has {channels} channels: only those of 1 (gray) "
+            "or 3 (RGB) are flattened; leave out --data.background"
+        )
     if min(size) < 1:
         raise ConfigError(f"a model of size {size[0]}x{size[1]}: both must be at least 1")
     if config.workers < 0:

@@ -68,22 +68,26 @@ def step_bytes(config: Config, images: int, dtype: torch.dtype, *, fused: bool, 
         world: processes, several of which hold the gradient all the time.
     """
     with torch.device("meta"):
-        nets = [UNet(config.model) for _ in range(2)]
+        nets = [UNet(config.network()) for _ in range(2)]
     # The kernels draw dropout masks again in the backward pass; "reference", which stands for them, keeps them.
     with FakeTensorMode(), _Alive(masks=not fused) as alive:
         unet, ema_unet = (_faked(net) for net in nets)
         unet.shared.impl = "reference" if fused else None
         diffusion = config.diffusion
-        process = TrainingProcess(diffusion.noise_schedule(), diffusion.prediction, flip=config.data.flip)
-        step = TrainStep(unet.train(), ema_unet.eval(), process, config.optim, config.ema, dtype=dtype)
+        process = TrainingProcess.of(
+            diffusion, seed=0, flip=config.data.flip, batch_size=config.batch_size, device=torch.device("cpu")
+        )
+        augment = config.data.augment
+        step = TrainStep(unet.train(), ema_unet.eval(), process, config.optim, config.ema, dtype=dtype, augment=augment)
         moments = [torch.empty_like(weight) for weight in step.weights for _ in range(2)]
         if world > 1 or config.accumulation > 1:
             for weight in step.weights:
                 weight.grad = torch.zeros_like(weight)
-        shape = images, config.model.in_channels, *config.model.image_size
+        shape = images, config.channels, *config.model.image_size
         x_0 = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         # The optimiser and the average add nothing to what is alive at the end of the backward pass.
-        step.accumulate(x_0, torch.empty(images, dtype=torch.int64))
+        labels = torch.empty(images, dtype=torch.int64) if config.conditional else None
+        step.accumulate(x_0, torch.empty(images, dtype=torch.int64), labels)
         del moments
     return alive.peak
 
@@ -108,8 +112,8 @@ def describe(config: Config, world: int = 1) -> str:
     config.check()
     images = config.micro_batch(world)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in UNet(config.model).parameters())
-    flop = flops_per_image(config.model)
+        parameters = sum(p.numel() for p in UNet(config.network()).parameters())
+    flop = flops_per_image(config.network())
     lines = [
         json.dumps(to_dict(config), indent=2),
         f"parameters   {parameters:,}",

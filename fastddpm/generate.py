@@ -1,5 +1,6 @@
 """Draw many images with a sampler, in batches, on all ranks; image n is the same however many ranks and batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from .errors import ConfigError
 from .pictures import film_steps
 from .runlog import make_bar
-from .samplers import Sampler, to_uint8
+from .samplers import SAMPLERS, Sampler, to_uint8
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ def draw_images(
     batch_size: int,
     device: torch.device,
     num_film: int = 0,
+    classes: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Drawn:
     """Draw images 0 .. num - 1 of the sampler's seed, each rank an equal share of them, and gather them on rank 0.
@@ -38,8 +41,19 @@ def draw_images(
         shape: (C, H, W) of one image.
         batch_size: images per network call on each rank.
         num_film: how many of the first images to keep a film of.
+        classes: image n is of the class classes[n % len(classes)]; None: all classes of the network in turn, 0, 1, 2,
+            ..., or none of an unconditional one.
         progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        ConfigError: a class that does not exist, or classes of an unconditional network; a sampler that begins with
+            images.
     """
+    if not SAMPLERS[sampler.sampler].to_image:
+        raise ConfigError(f"sampler {sampler.sampler} leads from images to noise: it draws none")
+    if classes is None and sampler.num_classes is not None:
+        classes = range(sampler.num_classes)
+    cycle = None if classes is None else torch.tensor(list(classes))
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     # Equal shares, so that every rank makes the same number of network calls; surplus images are cut off below.
@@ -51,12 +65,15 @@ def draw_images(
     with bar:
         for start in range(0, share, batch_size):
             numbers = rank * share + torch.arange(start, min(start + batch_size, share))
+            labels = None if cycle is None else cycle[numbers % len(cycle)]
             filmed = min(num_film, num) - start if rank == 0 else 0
             if filmed > 0:
-                x_0, film = _filmed(sampler, numbers, shape, device, filmed, bar)
+                x_0, film = _filmed(sampler, numbers, shape, device, labels, filmed, bar)
                 films.append(film)
             else:
-                x_0 = sampler.sample(numbers, shape, device, callback=lambda i, t, x: bar.update(len(x)))
+                x_0 = sampler.sample(
+                    numbers, shape, device, class_labels=labels, callback=lambda i, t, x: bar.update(len(x))
+                )
             parts = [to_uint8(x_0)]
             if several:  # batch by batch to the host of rank 0, so that no device holds all images
                 everyone = [torch.empty_like(parts[0]) for _ in range(world)]
@@ -71,14 +88,20 @@ def draw_images(
 
 
 def _filmed(
-    sampler: Sampler, numbers: torch.Tensor, shape: tuple[int, int, int], device: torch.device, num: int, bar: tqdm
+    sampler: Sampler,
+    numbers: torch.Tensor,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    class_labels: torch.Tensor | None,
+    num: int,
+    bar: tqdm,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One batch of images, and 8-bit copies [F, n, H, W, C] of its first `num` at evenly spaced steps."""
     wanted = set(film_steps(len(sampler.timesteps)))
     frames = []
-    for step in sampler.steps(numbers, shape, device):
+    for step in sampler.steps(numbers, shape, device, class_labels=class_labels):
         if step.i in wanted:
             frames.append(step.x_t[:num])
         bar.update(len(numbers))
-    frames.append(step.x_0_hat[:num])  # in both samplers the last step returns its x_0_hat
+    frames.append(step.x_0_hat[:num])  # the last step of every sampler returns its x_0_hat
     return step.x_0_hat, torch.stack([to_uint8(frame) for frame in frames])

@@ -36,6 +36,8 @@ class StepNumbers(NamedTuple):
     """float32 [n]: of this rank's images."""
     rows: Tensor
     """int64 [n]: their rows in the data set."""
+    t: Tensor
+    """int64 [n]: their timesteps."""
 
 
 class Mailbox:
@@ -45,12 +47,14 @@ class Mailbox:
         self.lag = LAG if device.type == "cuda" else 0
         self._waiting: deque[tuple[int, Tensor, Any, list[Tensor]]] = deque()
 
-    def put(self, number: int, norm: Tensor, losses: list[Tensor], rows: list[Tensor]) -> None:
-        """norm float32 [] and losses float32 [n] of each micro-batch on the device, which may overwrite them later.
+    def put(self, number: int, norm: Tensor, losses: list[Tensor], rows: list[Tensor], t: list[Tensor]) -> None:
+        """norm float32 [], and losses float32 [n] and t int64 [n] of each micro-batch, on the device, which may
+        overwrite them later.
 
         rows: int64 [n] of each micro-batch, on the host.
         """
-        packed = torch.cat([norm.detach().reshape(1).float(), *losses])
+        # As float32, which holds timesteps below 2^24 as they are.
+        packed = torch.cat([norm.detach().reshape(1).float(), *losses, *(part.float() for part in t)])
         event = None
         if packed.device.type == "cuda":
             arrived = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -67,7 +71,8 @@ class Mailbox:
             if event is not None:
                 event.synchronize()
             packed = packed.cpu()  # of a device that is neither; a GPU's has arrived
-            yield StepNumbers(number, packed[0].item(), packed[1:], torch.cat(rows))
+            losses, t = packed[1:].chunk(2)
+            yield StepNumbers(number, packed[0].item(), losses, torch.cat(rows), t.long())
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Decoding of one image file into uint8 pixels [H, W, C] of the model's size, with every lossy choice made explicit.
+"""One image file or array as uint8 pixels [H, W, C] of the model's size, with every lossy choice made explicit.
 
 PIL alone opens a 16-bit file as white, a float file as black, drops alpha and takes an animation's first frame, all
 without a word; here each is either converted by a stated rule or refused. Its errors become one line that says what the
@@ -23,6 +23,7 @@ MAX_PIXELS = 2**28
 
 _ORIENTATION = 0x0112  # EXIF tag
 _PHOTOMETRIC = 0x0106  # TIFF tag
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of so many channels
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # PIL keeps the high byte of 16-bit colour. Read in the other byte order, the same file gives the low byte.
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -59,12 +60,15 @@ def decode_image(
 ) -> np.ndarray:
     """Pixels of an encoded image: uint8 [H, W, C], contiguous.
 
-    data: the bytes of a file in any format that PIL reads. size: (H, W) of the result. channels: 1 or 3.
+    data: the bytes of a file in any format that PIL reads. size: (H, W) of the result. channels: 1 (gray), 2 (gray and
+    alpha), 3 (RGB) or 4 (RGBA).
     The EXIF orientation is applied. Gray to RGB replicates; RGB to gray is the luma 0.299 R + 0.587 G + 0.114 B;
     palette, CMYK and the like go through RGB; colour profiles are ignored. 16-bit gray, and 16-bit RGB of PNG and
     TIFF, become round(v / 257), 12-bit gray round(v 255 / 4095); a TIFF whose 0 is white is inverted.
     background: the colour (R, G, B) behind partly transparent images: round(a v + (1 - a) background) with the file's
-    own bits of v and a, before anything is scaled. Without one they are refused; opaque alpha is dropped.
+    own bits of v and a, before anything is scaled. Without one they are refused; opaque alpha is dropped. With 2 or 4
+    channels alpha is kept, 255 where a file has none, and colours are what the file says, not multiplied by it;
+    scaling weights them by it, so that what cannot be seen does not bleed into what can.
     fit: "exact" takes images of `size` only; "resize" stretches to it; "crop" takes the centre; "resize_crop" takes
     the largest centred part of the model's proportions and scales it. Scaling is PIL's Lanczos filter, antialiased, of
     the whole image: JPEG's reduced decoding would be faster on huge files, and would give other pixels.
@@ -72,11 +76,21 @@ def decode_image(
     the data are not to be shown: it may be any file.
     Raises MemoryError and, of the operating system, OSError, which say nothing of the image. Raises ImageProblem: not
     decodable, partly transparent, more than one frame, float or 32-bit integer pixels, more
-    than 2^28 pixels (said before memory is taken for them), of a size that `fit` does not take.
+    than 2^28 pixels (said before memory is taken for them), of a size that `fit` does not take; another number of
+    channels, which only arrays have.
     """
+    if channels not in _MODES:
+        raise ImageProblem(
+            f"is an image file, which has 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA) channels, and the model takes "
+            f"{channels}: store arrays of uint8 with as many"
+        )
     try:
         image, rawmode = _load(data)
-        image = _flatten(image, rawmode, data, background).convert("L" if channels == 1 else "RGB")
+        image = _flatten(image, rawmode, data, background, keep_alpha=channels in (2, 4))
+        if image.mode not in _ALPHA_MODES:
+            image = image.convert("L" if channels < 3 else "RGB")
+        if channels in (2, 4):
+            image = image.convert(_MODES[channels])
         pixels = np.asarray(_fit(image, size, fit))
     except (ImageProblem, MemoryError):
         raise
@@ -90,6 +104,41 @@ def decode_image(
             raise
         raise ImageProblem(f"cannot be decoded: {_describe(data, error, quote)}") from error
     return np.ascontiguousarray(pixels).reshape(*size, channels)
+
+
+def fit_array(values: np.ndarray, size: tuple[int, int], channels: int, fit: Fit) -> np.ndarray:
+    """Pixels of an image that is stored as an array: uint8 [H, W, C], contiguous.
+
+    values: uint8 [H, W, C] or [C, H, W], whichever has `channels` at C, or [H, W] for one channel. Where both have it,
+    the one whose H and W are the model's.
+    size, fit: as for decode_image; each channel is scaled by itself, none is taken for alpha.
+    Raises ImageProblem: another dtype, shape or number of channels, an order of axes that cannot be told, a size that
+    `fit` does not take.
+    """
+    shape = "x".join(map(str, values.shape))
+    if values.dtype != np.uint8:
+        raise ImageProblem(f"is an array of {values.dtype}: convert it to uint8, 0 .. 255")
+    if values.ndim not in (2, 3) or not values.size:
+        raise ImageProblem(f"is an array of shape {shape or '()'}: valid is [H, W, C], [C, H, W] or [H, W]")
+    orders = [values[..., None]] if values.ndim == 2 else [values, values.transpose(1, 2, 0)]
+    orders = [pixels for pixels in orders if pixels.shape[2] == channels]
+    if not orders:
+        wanted = f"{channels} channel{'s' if channels > 1 else ''}"
+        raise ImageProblem(
+            f"is an array of shape {shape}, of which neither the last nor the first axis is the {wanted}"
+        )
+    if len(orders) > 1:
+        orders = [pixels for pixels in orders if pixels.shape[:2] == size]
+    if len(orders) != 1:
+        raise ImageProblem(
+            f"is an array of shape {shape}, whose {channels} channels may be the first axis or the last: store images "
+            "of another height and width"
+        )
+    (pixels,) = orders
+    if pixels.shape[:2] != size:
+        bands = [np.asarray(_fit(Image.fromarray(pixels[..., c].copy()), size, fit)) for c in range(channels)]
+        pixels = np.stack(bands, axis=2)
+    return np.ascontiguousarray(pixels)
 
 
 def _too_large(pixels: int, limit: int) -> ImageProblem:
@@ -143,8 +192,13 @@ def _with_other_order(tile: Any) -> Any:
     return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
-def _flatten(image: Image.Image, rawmode: str, data: bytes, background: tuple[int, int, int] | None) -> Image.Image:
-    """The image without alpha and in a mode whose conversion to L or RGB keeps its meaning."""
+def _flatten(
+    image: Image.Image, rawmode: str, data: bytes, background: tuple[int, int, int] | None, keep_alpha: bool
+) -> Image.Image:
+    """The image without alpha and in a mode whose conversion to L or RGB keeps its meaning.
+
+    keep_alpha: LA or RGBA where there is alpha.
+    """
     # Until Pillow 11.2 a 16-bit PNG opened in mode I. A PGM of more than 8 bits does, its values scaled to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint16)[..., None]
@@ -152,13 +206,13 @@ def _flatten(image: Image.Image, rawmode: str, data: bytes, background: tuple[in
             values = ((values.astype(np.uint32) * 65535 + 2047) // 4095).astype(np.uint16)
         if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # zero is white; PIL inverts 8 bits only
             values = np.uint16(65535) - values
-        return _from_16_bits(values, image, background)
+        return _from_16_bits(values, image, background, keep_alpha)
     if rawmode == "LA;16B":
         four = np.asarray(_load(data, low_bytes=True)[0]).astype(np.uint16)
-        return _from_16_bits(four[..., ::2] << 8 | four[..., 1::2], image, background)
+        return _from_16_bits(four[..., ::2] << 8 | four[..., 1::2], image, background, keep_alpha)
     if _WIDE.fullmatch(rawmode) and image.mode in ("RGB", "RGBA"):
         low = np.asarray(_load(data, low_bytes=True)[0])
-        return _from_16_bits(np.asarray(image).astype(np.uint16) << 8 | low, image, background)
+        return _from_16_bits(np.asarray(image).astype(np.uint16) << 8 | low, image, background, keep_alpha)
     if image.mode in ("I", "F"):
         kind = "float" if image.mode == "F" else "32-bit integer"
         raise ImageProblem(f"has {kind} pixels, whose range is unknown: convert it to 8 or 16 bits first")
@@ -166,6 +220,8 @@ def _flatten(image: Image.Image, rawmode: str, data: bytes, background: tuple[in
         if rawmode in _LEVELS and "transparency" in image.info:
             image.info["transparency"] *= _LEVELS[rawmode]
         image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        if keep_alpha:
+            return image
         if image.getchannel("A").getextrema() == (255, 255):
             return image.convert("RGB")
         values = np.asarray(image)
@@ -173,7 +229,9 @@ def _flatten(image: Image.Image, rawmode: str, data: bytes, background: tuple[in
     return image
 
 
-def _from_16_bits(values: np.ndarray, image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+def _from_16_bits(
+    values: np.ndarray, image: Image.Image, background: tuple[int, int, int] | None, keep_alpha: bool
+) -> Image.Image:
     """An L or RGB image of uint16 [H, W, C], the last of 2 or 4 channels alpha, else with a transparent colour."""
     alpha = None
     if values.shape[2] in (2, 4):
@@ -181,7 +239,9 @@ def _from_16_bits(values: np.ndarray, image: Image.Image, background: tuple[int,
     elif "transparency" in image.info:
         key = np.array(image.info["transparency"], dtype=np.uint16)
         alpha = np.where((values == key).all(axis=2), np.uint16(0), np.uint16(65535))
-    if alpha is not None and alpha.min() < 65535:
+    if alpha is not None and keep_alpha:
+        values = np.concatenate([values, alpha[..., None]], axis=2)
+    elif alpha is not None and alpha.min() < 65535:
         return _composite(values, alpha, background)
     # In bands of rows, whose wider integers take little memory.
     reduced = np.empty(values.shape, np.uint8)

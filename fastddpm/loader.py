@@ -27,7 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 from .cache import DecodedStore
 from .data import Batch, Fit
 from .errors import ConfigError, DataError
-from .images import ImageProblem, decode_image
+from .images import ImageProblem, decode_image, fit_array
 from .library import is_remote, library_errors, one_line, retried
 from .order import BatchPlan, MapOrder, replacement
 from .runlog import make_bar
@@ -60,7 +60,7 @@ class Share(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """Turns Arrow values of the two columns into pixels and labels."""
+    """Turns Arrow values of the two columns into pixels and labels; images are encoded or are arrays of pixels."""
 
     source: str
     image_column: str
@@ -72,7 +72,7 @@ class Decoder(NamedTuple):
 
     def values(self, table: pa.Table) -> list[tuple[Any, int]]:
         """(undecoded image, label) per row."""
-        images = table.column(self.image_column).to_pylist()
+        images = _undecoded(table.column(self.image_column))
         if self.label_column is None:
             return [(image, -1) for image in images]
         labels = table.column(self.label_column).to_pylist()
@@ -83,12 +83,43 @@ class Decoder(NamedTuple):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PIL's, about oversized images and damaged metadata
+                if isinstance(image, pa.ListScalar):
+                    return fit_array(_array_of(image), self.size, self.channels, self.fit)
                 data, inside = _read_bytes(image, row, name_row)
                 return decode_image(data, self.size, self.channels, self.fit, self.background, quote=inside)
         except ImageProblem as problem:
             raise BadImage(f"{_name_image(image, name_row(row))} {problem}") from problem
         except OSError as error:  # of the machine, and no word on the image
             raise DataError(f"{_name_image(image, name_row(row))} cannot be read: {one_line(error)}") from error
+
+
+def _undecoded(column: pa.ChunkedArray) -> list[Any]:
+    """The images of a column: encoded ones as Python's objects, arrays as the nested lists that Arrow has."""
+    kind = column.type.storage_type if isinstance(column.type, pa.BaseExtensionType) else column.type
+    if not _is_list(kind):
+        return column.to_pylist()
+    chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
+    return [row if row.is_valid else None for chunk in chunks for row in chunk]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _array_of(row: pa.ListScalar) -> np.ndarray:
+    """The array that a nested list is. ImageProblem: rows of different lengths, something or all of it missing."""
+    values, shape = row.values, [len(row.values)]
+    while _is_list(values.type):
+        if not len(values):
+            raise ImageProblem("is an array without values")
+        lengths = values.value_lengths().unique().to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            raise ImageProblem("is no array: its rows differ in length, or one is missing")
+        shape.append(lengths[0])
+        values = values.flatten()
+    if values.null_count:
+        raise ImageProblem(f"is an array of which {values.null_count} values are missing (null)")
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 class BadImage(DataError):

@@ -29,9 +29,14 @@ def write_pipeline(run: Path, model: UNetConfig, process: ProcessConfig, ema: di
     """Write or replace the pipeline files of a run folder; once written, it loads in diffusers at any instant.
 
     Args:
-        ema: state dict of the averaged weights, any device.
+        ema: state dict of the averaged weights, any device. What tells a network its augmentation is left out: without
+            an augmentation, as in all sampling, it adds nothing.
     """
-    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in ema.items()}
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in ema.items()
+        if not name.startswith("augment_embedding.")
+    }
     replace_file(
         run / "unet" / f"{WEIGHTS}.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"})
     )
@@ -55,6 +60,20 @@ class Pipeline:
     unet: UNet
     process: ProcessConfig
     schedule: NoiseSchedule
+    config: Config | None = None
+    """Of a run folder: everything the run is a function of."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images: an input for self-conditioning holds an estimate of as many channels too."""
+        model = self.unet.config
+        return (model.in_channels // (2 if self.process.self_conditioning else 1), *model.image_size)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that can be asked for; None of an unconditional net. One that stands for no class is not counted."""
+        count = self.unet.config.num_class_embeds
+        return None if count is None else count - (self.process.label_dropout > 0)
 
 
 def load_pipeline(source: str, device: torch.device | str = "cpu") -> Pipeline:
@@ -90,7 +109,7 @@ def load_pipeline(source: str, device: torch.device | str = "cpu") -> Pipeline:
         schedule = process.noise_schedule()
     else:
         process, schedule = _read_scheduler(root, source)
-    return Pipeline(unet.eval().to(device), process, schedule)
+    return Pipeline(unet.eval().to(device), process, schedule, run)
 
 
 def _run_config(root: Path) -> Config | None:

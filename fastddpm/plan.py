@@ -29,7 +29,7 @@ def run_plan(config: Config, *, ranks: int, first_step: int, num_steps: int, che
             f"ranks {ranks}, first-step {first_step}, num-steps {num_steps}: at least one rank and no negative steps"
         )
     plan = BatchPlan(config.batch_size, ranks, config.accumulation)
-    data = open_data(config.data, config.model.image_size, config.model.in_channels)
+    data = open_data(config.data, config.model.image_size, config.channels)
     header = describe(config, data, ranks)
     header["check"] = check_plan(config, data, plan) if check else None
     steps = micro_batches(config, data, plan, range(first_step, first_step + num_steps))

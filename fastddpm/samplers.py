@@ -1,145 +1,40 @@
-"""Samplers: from noise x_T to images x_0, each one a table with a row of coefficients per step.
+"""Samplers: running the tables of solvers.py from noise x_T to images x_0, through one fused step for all of them.
 
-x_0_hat = clip(A x_t + B prediction, lo, hi);  x_{t-1} = C x_0_hat + E x_t + F z  (DDPM, algorithm 2; DDIM, eq. 12).
+Guidance, thresholds, learned variances and the network's own last estimate (self-conditioning) come in between.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastddpm_kernels import Stream, draw_normal, reverse_step
 
-from .diffusion import PREDICTIONS, SPACINGS, VARIANCES, NoiseSchedule, check_seed
+from .diffusion import NoiseSchedule, ProcessConfig, check_seed
 from .errors import ConfigError, NumericsError
 from .graphs import capture
-from .schedules import Array, check_choice, check_timesteps
+from .schedules import check_choice
+from .solvers import COLUMNS, SAMPLERS, Table, coefficient_rows, make_table, timestep_spacing
 
-# Columns of a coefficient row, as fastddpm_kernels.reverse_step reads them; H is for multistep solvers.
-COLUMNS = ("A", "B", "C", "E", "H", "F", "lo", "hi")
-
-
-def timestep_spacing(num_timesteps: int, num_steps: int, spacing: str = "trailing") -> np.ndarray:
-    """The timesteps that a sampler of `num_steps` steps visits, int64 [num_steps], descending (as diffusers' do).
-
-    trailing: from T - 1 down by T / num_steps, the choice for few steps (Lin et al. 2024, table 2); leading: multiples
-    of T // num_steps, so it starts below T - 1 (at 980 for 50 of 1000); linspace: both T - 1 and 0.
-
-    Raises:
-        ConfigError: if num_steps is not in 1 .. num_timesteps, or the spacing is unknown.
-    """
-    check_choice("spacing", spacing, SPACINGS)
-    check_timesteps(num_timesteps)
-    if isinstance(num_steps, bool) or num_steps != int(num_steps) or not 1 <= num_steps <= num_timesteps:
-        raise ConfigError(f"the number of sampling steps is {num_steps}: it must be in 1 .. {num_timesteps} (T)")
-    if spacing == "trailing":
-        # Cut to num_steps, because the rounding of the stride can let arange go one too far (to timestep -1).
-        steps = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1
-    elif spacing == "leading":
-        steps = (np.arange(num_steps) * (num_timesteps // num_steps))[::-1]
-    else:
-        steps = np.round(np.linspace(0, num_timesteps - 1, num_steps))[::-1]
-    return steps.astype(np.int64)
-
-
-def ddpm(alpha_bar_t: Array, alpha_bar_s: Array, *, variance: str = "fixed_large") -> tuple[Array, Array, Array, Array]:
-    """C, E, H, F of the ancestral step from t to the next kept timestep s < t (DDPM, eqs. 6 and 7, algorithm 2).
-
-    The steps between are skipped, so beta is that of the whole way, 1 - alpha_bar_t / alpha_bar_s, in mean and variance
-    (improved DDPM, eq. 19).
-
-    Args:
-        alpha_bar_t, alpha_bar_s: float64 [S], noise level before and after each step; 1 after the last one.
-        variance: fixed_small, the posterior's, or fixed_large, beta; no noise in the last step.
-    """
-    check_choice("variance", variance, VARIANCES)
-    beta = 1 - alpha_bar_t / alpha_bar_s
-    C = np.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
-    E = np.sqrt(alpha_bar_t / alpha_bar_s) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
-    F = np.sqrt(beta if variance == "fixed_large" else beta * (1 - alpha_bar_s) / (1 - alpha_bar_t))
-    F[-1] = 0
-    return C, E, np.zeros_like(C), F
-
-
-def ddim(alpha_bar_t: Array, alpha_bar_s: Array, *, eta: float = 0.0) -> tuple[Array, Array, Array, Array]:
-    """C, E, H, F of the DDIM step (Song et al. 2021, eqs. 12 and 16), with eps derived again from the clipped x_0_hat.
-
-    x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z, where
-    eps_hat = (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t). With the network's eps instead, x_t drifts away
-    from what x_0_hat and eps_hat make up as soon as x_0_hat is clipped.
-
-    Args:
-        alpha_bar_t, alpha_bar_s: as for ddpm.
-        eta: share of fresh noise, 0 (deterministic) to 1 (the ancestral step with fixed small variance).
-
-    Raises:
-        ConfigError: if eta is not in 0 .. 1.
-    """
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"eta is {eta}: it must be in 0 .. 1")
-    sigma = eta * np.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
-    E = np.sqrt(np.maximum(1 - alpha_bar_s - sigma**2, 0) / (1 - alpha_bar_t))
-    C = np.sqrt(alpha_bar_s) - E * np.sqrt(alpha_bar_t)
-    return C, E, np.zeros_like(C), sigma
-
-
-SAMPLERS: dict[str, Callable[..., tuple[Array, Array, Array, Array]]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-}
-
-
-def coefficient_rows(
-    schedule: NoiseSchedule,
-    timesteps: Sequence[int] | np.ndarray,
-    *,
-    sampler: str = "ddpm",
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    eta: float = 0.0,
-    clip_range: float | None = 1.0,
-) -> Array:
-    """The whole table of a sampler, float64 [S, 8] with the columns of COLUMNS, one row per step.
-
-    Args:
-        timesteps: descending, each in 0 .. T-1.
-        prediction: what the network predicts; it decides A and B (DDPM eq. 15 for eps).
-        variance, eta: options of the samplers; each takes those it knows.
-        clip_range: x_0_hat is clipped to -clip_range .. clip_range before anything is made of it; None: not clipped.
-
-    Raises:
-        ConfigError: if a name or a value is not valid.
-    """
-    check_choice("sampler", sampler, list(SAMPLERS))
-    check_choice("prediction", prediction, PREDICTIONS)
-    if clip_range is not None and not clip_range > 0:
-        raise ConfigError(f"clip_range is {clip_range}: it must be above 0")
-    alpha_bar_t = schedule.alpha_bar[np.asarray(timesteps)]
-    alpha_bar_s = np.append(alpha_bar_t[1:], 1.0)
-    signal, noise = np.sqrt(alpha_bar_t), np.sqrt(1 - alpha_bar_t)
-    A, B = {
-        "eps": (1 / signal, -noise / signal),
-        "x_0": (np.zeros_like(signal), np.ones_like(signal)),
-        "v": (signal, -noise),
-    }[prediction]
-    solver = SAMPLERS[sampler]
-    options = {"variance": variance, "eta": eta}
-    known = inspect.signature(solver).parameters
-    C, E, H, F = solver(alpha_bar_t, alpha_bar_s, **{name: value for name, value in options.items() if name in known})
-    hi = np.full_like(A, np.inf if clip_range is None else clip_range)
-    return np.stack([A, B, C, E, H, F, -hi, hi], axis=1)
+__all__ = ["COLUMNS", "SAMPLERS", "Sampler", "Step", "Stepped", "coefficient_rows", "timestep_spacing", "to_uint8"]
 
 
 class Step(NamedTuple):
-    """One step of sampling: its number i = 0 .. S-1, its timestep t, the state x_t before it, the x_0_hat it made."""
+    """One step of sampling: its number i, its timestep t, the state x_t before it, the x_0_hat it made."""
 
     i: int
-    t: int
+    t: float
     x_t: Tensor
+    x_0_hat: Tensor
+
+
+class Stepped(NamedTuple):
+    """What Sampler.step made: the state after it and the x_0_hat it was made of, float32 [N, C, H, W]."""
+
+    x_next: Tensor
     x_0_hat: Tensor
 
 
@@ -151,9 +46,32 @@ class _State(NamedTuple):
     class_labels: Tensor | None
     row: Tensor
     """int64 [1]: number of the step, counted on by the step itself."""
+    history: tuple[Tensor, ...]
+    """h1, h2 of the solver."""
+    x_0_hat: Tensor | None
+    """The last estimate, which a self-conditioned network is given; None for others."""
 
 
-_StepFunction = Callable[[_State], tuple[Tensor, Tensor | None]]
+class _After(NamedTuple):
+    """What a step leaves of the state, and x_0_hat if anything needs it."""
+
+    x: Tensor
+    history: tuple[Tensor, ...]
+    x_0_hat: Tensor | None
+
+
+class _Tables(NamedTuple):
+    """A table on the device: float32 rows for the kernel, timesteps for the network."""
+
+    coefficients: Tensor
+    timesteps: Tensor
+    reading: Tensor | None
+    """A, B, W [R, 3] where x_0_hat is made outside the kernel, whose own are then 0, 1, 1."""
+
+
+_StepFunction = Callable[[_State], _After]
+# Casts of the weights of the network, and of the guide.
+_Kept = tuple[dict[Any, Tensor], dict[Any, Tensor]]
 
 
 class _StepGraph:
@@ -162,11 +80,13 @@ class _StepGraph:
     def __init__(self, step: _StepFunction, state: _State) -> None:
         if state.x.device.type != "cuda":
             raise ConfigError(f"a CUDA graph cannot be captured on {state.x.device.type}: sample without graph")
-        self.state = state._replace(
-            x=state.x.clone(),
-            images=state.images.clone(),
-            class_labels=None if state.class_labels is None else state.class_labels.clone(),
-            row=state.row.clone(),
+        self.state = _State(
+            state.x.clone(),
+            state.images.clone(),
+            None if state.class_labels is None else state.class_labels.clone(),
+            state.row.clone(),
+            tuple(h.clone() for h in state.history),
+            None if state.x_0_hat is None else state.x_0_hat.clone(),
         )
         self.step = step  # holds what the captured kernels read: the tables of the sampler, the weights' casts
         self.device = state.x.device
@@ -175,29 +95,35 @@ class _StepGraph:
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose their algorithms and allocate in the first calls
                 step(self.state)
-                self.state.row.zero_()
+                self.state.row.copy_(state.row)
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
         def run() -> Tensor | None:
-            x, x_0_hat = step(self.state)
-            self.state.x.copy_(x)
-            return x_0_hat
+            after = step(self.state)
+            self.state.x.copy_(after.x)
+            for own, new in zip(self.state.history, after.history, strict=True):
+                own.copy_(new)
+            if self.state.x_0_hat is not None and after.x_0_hat is not None:
+                self.state.x_0_hat.copy_(after.x_0_hat)
+            return after.x_0_hat
 
         self.captured, self.x_0_hat = capture(run, stream, "sample without --graph")
 
     def start(self, state: _State) -> _StepFunction:
         """Take over a batch at its first step; the function returned replays a step."""
-        self.state.x.copy_(state.x)
-        self.state.images.copy_(state.images)
-        if state.class_labels is not None and self.state.class_labels is not None:
-            self.state.class_labels.copy_(state.class_labels)
-        self.state.row.zero_()
+        pairs = [(self.state.x, state.x), (self.state.images, state.images), (self.state.row, state.row)]
+        pairs += zip(self.state.history, state.history, strict=True)
+        for own, new in ((self.state.class_labels, state.class_labels), (self.state.x_0_hat, state.x_0_hat)):
+            if own is not None and new is not None:
+                pairs.append((own, new))
+        for own, new in pairs:
+            own.copy_(new)
         return self._replay
 
-    def _replay(self, _: _State) -> tuple[Tensor, Tensor | None]:
+    def _replay(self, _: _State) -> _After:
         with torch.cuda.device(self.device):
             self.captured.replay()
-        return self.state.x, self.x_0_hat
+        return _After(self.state.x, self.state.history, self.x_0_hat)
 
 
 @contextmanager
@@ -220,9 +146,18 @@ class Sampler:
         sampler: str = "ddpm",
         num_steps: int | None = None,
         eta: float = 0.0,
+        churn: float = 0.0,
         variance: str = "fixed_large",
+        temperature: float = 1.0,
         clip: bool = True,
         clip_range: float = 1.0,
+        dynamic_threshold: float | None = None,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        null_class: int | None = None,
+        guide: Callable[..., Any] | None = None,
+        self_conditioning: bool = False,
         spacing: str = "trailing",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -232,16 +167,29 @@ class Sampler:
         """
         Args:
             unet: called as unet(x_t, t) or unet(x_t, t, class_labels=labels) with x_t [N, C, H, W] of `dtype` and t
-                int64 [N]; returns the prediction, or a tuple that begins with it, or an object with it as .sample. It
-                should be in eval mode; autocast is the caller's.
+                int64 [N] (float32 for heun, whose levels lie between the timesteps); returns the prediction, or a tuple
+                that begins with it, or an object with it as .sample. Of 2C channels the last C are the learned
+                variance's. It should be in eval mode; autocast is the caller's.
             schedule: the process it was trained for.
             prediction: what it predicts: eps, x_0 or v.
             sampler: a name of SAMPLERS.
-            num_steps: network evaluations, 1 .. T; None: all T.
-            eta: ddim's share of fresh noise, 0 .. 1 (ddpm has none to set).
-            variance: ddpm's, fixed_large or fixed_small (for fewer steps than T).
-            clip, clip_range: whether and to what x_0_hat is clipped.
-            spacing: which timesteps are kept, see timestep_spacing.
+            num_steps: 1 .. T, a network evaluation each (heun: two, but for the last); None: all T.
+            eta: ddim's share of fresh noise, 0 .. 1.
+            churn: heun's, at least 0.
+            variance: ddpm's: fixed_large, fixed_small (for fewer steps than T) or learned_range.
+            temperature: factor of the noise z of every step; 1 is the sampler itself, 0 takes the means.
+            clip, clip_range: whether and to what x_0_hat is clipped (static thresholding).
+            dynamic_threshold: clip x_0_hat of each image to this quantile of its absolute values instead, at least to
+                clip_range, and scale it back to clip_range (Imagen, section 2.3); None: static.
+            guidance: w >= 0 in guide + w (prediction - guide); 1 is none, and costs nothing.
+            guidance_interval: share of T, low and high, in which w acts (Kynkaanniemi et al. 2024); None: everywhere.
+            guidance_rescale: share, 0 .. 1, of the guided prediction brought to the standard deviation of the
+                unguided one (Lin et al. 2024, section 3.4).
+            null_class: the class that stands for none; its prediction is the guide (Ho & Salimans 2022).
+            guide: another, weaker network that gives the guide's prediction, for the same class if it has classes
+                (autoguidance, Karras et al. 2024); None: the network itself for null_class.
+            self_conditioning: the network gets torch.cat((x_t, its last x_0_hat), 1), zeros at first.
+            spacing: which timesteps are kept, see timestep_spacing (heun: EDM's grid instead).
             dtype: of the network's input; state and coefficients are float32.
             seed: of all noise, 0 .. 2^63 - 1.
             impl: "triton", "reference" or None (by device), as in fastddpm_kernels.
@@ -249,23 +197,73 @@ class Sampler:
                 weights are read then: make another Sampler when they have changed.
 
         Raises:
-            ConfigError: if a name or a value is not valid.
+            ConfigError: if a name or a value is not valid, or guidance is asked for and there is nothing to guide by.
         """
         check_seed(seed)
-        check_choice("variance", variance, VARIANCES)
-        num_timesteps = schedule.num_timesteps
-        self.timesteps = timestep_spacing(num_timesteps, num_timesteps if num_steps is None else num_steps, spacing)
-        self.rows = coefficient_rows(
-            schedule,
-            self.timesteps,
-            sampler=sampler,
-            prediction=prediction,
-            clip_range=clip_range if clip else None,
-            variance=variance,
-            eta=eta,
+        check_choice("sampler", sampler, list(SAMPLERS))
+        if not 0 <= guidance_rescale <= 1:
+            raise ConfigError(f"guidance_rescale is {guidance_rescale}: it must be in 0 .. 1")
+        if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
+            raise ConfigError(f"dynamic_threshold is {dynamic_threshold}: it must be above 0 and at most 1")
+        if not 0 < clip_range < math.inf:
+            raise ConfigError(f"clip_range is {clip_range}: it must be above 0")
+        if guidance != 1 and guide is None and null_class is None:
+            raise ConfigError(
+                f"guidance is {guidance}: it needs a network that was trained with hidden classes "
+                "(diffusion.label_dropout), or a guide"
+            )
+        self._levels = SAMPLERS[sampler].levels(
+            schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing
         )
-        self.unet, self.dtype, self.seed, self.impl, self.graph = unet, dtype, seed, impl, graph
+        self._options: dict[str, Any] = {
+            "sampler": sampler,
+            "prediction": prediction,
+            "variance": variance,
+            "eta": eta,
+            "churn": churn,
+            "temperature": temperature,
+            "clip_range": clip_range if clip and dynamic_threshold is None else None,
+            "guidance": guidance,
+            "guidance_interval": guidance_interval,
+        }
+        self.table = make_table(self._levels, **self._options)
+        self.timesteps, self.rows = self.table.timesteps, self.table.rows
+        self._noisy = bool(self.table.column("F").any())
+        self.sampler, self.schedule = sampler, schedule
+        self.unet, self.guide = unet, guide if guidance != 1 else None
+        self.null_class = null_class if guidance != 1 and guide is None else None
+        self.guidance_rescale = guidance_rescale if guidance != 1 else 0.0
+        self.dynamic_threshold, self.clip_range = dynamic_threshold, clip_range
+        self.self_conditioning = self_conditioning
+        self.dtype, self.seed, self.impl, self.graph = dtype, seed, impl, graph
+        config = getattr(unet, "config", None)
+        classes = getattr(config, "num_class_embeds", None)
+        self.num_classes: int | None = classes if null_class is None or classes is None else classes - 1
+        """Classes of the network, without the null class; None where it has none, or is not one of ours."""
+        self._kept: _Kept = {}, {}
+        self._on_device: dict[tuple[str, int], _Tables] = {}
         self._captured: tuple[object, _StepGraph] | None = None
+
+    @classmethod
+    def of(cls, process: ProcessConfig, unet: Callable[..., Any], schedule: NoiseSchedule, **options: Any) -> "Sampler":
+        """The sampler of a trained process: what the process says, where `options` (of __init__) do not say otherwise.
+
+        Raises:
+            ConfigError: as __init__.
+        """
+        own: dict[str, Any] = {
+            "prediction": process.prediction,
+            "variance": process.variance,
+            "clip": process.clip,
+            "clip_range": process.clip_range,
+            "dynamic_threshold": process.dynamic_threshold,
+            "spacing": process.spacing,
+            "self_conditioning": process.self_conditioning,
+        }
+        classes = getattr(getattr(unet, "config", None), "num_class_embeds", None)
+        if process.label_dropout > 0 and classes is not None:
+            own["null_class"] = classes - 1
+        return cls(unet, schedule, **(own | options))
 
     def sample(
         self,
@@ -274,7 +272,8 @@ class Sampler:
         device: torch.device | str = "cpu",
         *,
         x_T: Tensor | None = None,
-        callback: Callable[[int, int, Tensor], object] | None = None,
+        first_step: int = 0,
+        callback: Callable[[int, Any, Tensor], object] | None = None,
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """Draw images, in one batch; no step waits for the device.
@@ -282,7 +281,9 @@ class Sampler:
         Args:
             images: int64 [N], numbers of the images, 0 .. 2^32 - 1.
             shape: (C, H, W).
-            x_T: float32 [N, C, H, W], in place of our own initial noise; it is not changed.
+            x_T: float32 [N, C, H, W], in place of our own initial noise; it is not changed. ddim_inverse starts from
+                it: it is the image.
+            first_step: number of the step to begin with, from a state x_T of that step's noise level.
             callback: called as callback(i, t, x) after step i, which was at timestep t, with the state it gave.
             class_labels: int64 [N], handed to the network.
 
@@ -291,11 +292,12 @@ class Sampler:
             channels_last).
 
         Raises:
-            ConfigError: if an image number is out of range, or shapes do not fit.
+            ConfigError: if an image number or a class is out of range, classes are missing or not wanted, shapes do not
+                fit, or a sampler cannot begin at first_step.
         """
         x = x_T
         for i, t, _, x, _ in self._run(
-            images, shape, device, x_T, class_labels, return_x_0=False, watched=callback is not None
+            images, shape, device, x_T, first_step, class_labels, return_x_0=False, watched=callback is not None
         ):
             if callback is not None:
                 callback(i, t, x)
@@ -309,16 +311,57 @@ class Sampler:
         device: torch.device | str = "cpu",
         *,
         x_T: Tensor | None = None,
+        first_step: int = 0,
         class_labels: Tensor | None = None,
     ) -> Iterator[Step]:
         """The same, step by step, for filmstrips: yields (i, t, x_t, x_0_hat), float32 [N, C, H, W].
 
         x_t is the state that the network sees in step i (x_T in the first), x_0_hat the clipped estimate it leads to;
-        that of the last step is the image that sample returns. Arguments and errors as for sample.
+        that of the last step is the image that sample returns (but for ddim_inverse). heun yields twice a step, once
+        for each evaluation. Arguments and errors as for sample.
         """
-        for i, t, x_t, _, x_0_hat in self._run(images, shape, device, x_T, class_labels, return_x_0=True, watched=True):
+        for i, t, x_t, _, x_0_hat in self._run(
+            images, shape, device, x_T, first_step, class_labels, return_x_0=True, watched=True
+        ):
             assert x_0_hat is not None
             yield Step(i, t, x_t, x_0_hat)
+
+    @torch.no_grad()
+    def step(
+        self,
+        i: int,
+        x_t: Tensor,
+        images: Tensor,
+        *,
+        z: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        x_0_hat: Tensor | None = None,
+    ) -> Stepped:
+        """Step number i alone, from any state; for samplers whose steps need nothing of the steps before.
+
+        Casts of the weights are kept from call to call: make another Sampler when the weights have changed.
+
+        Args:
+            x_t: float32 [N, C, H, W] on the device to compute on, of the noise level of step i.
+            images: int64 [N], as for sample.
+            z: noise of the step, float32 like x_t; None: that of the step's address, as in sample.
+            class_labels: as for sample.
+            x_0_hat: the last estimate, for a self-conditioned network; None: none yet.
+
+        Raises:
+            ConfigError: for a sampler with a history, or arguments as for sample.
+        """
+        if self.table.num_history:
+            raise ConfigError(f"{self.sampler} has no single steps: each of its steps needs what the one before left")
+        if not 0 <= i < len(self.timesteps):
+            raise ConfigError(f"step {i} does not exist: valid are 0 .. {len(self.timesteps) - 1}")
+        channels, height, width = x_t.shape[1:]
+        state = self._state(images, (channels, height, width), x_t.device, x_t, i, class_labels)
+        if x_0_hat is not None and self.self_conditioning:
+            state = state._replace(x_0_hat=x_0_hat)
+        after = self._stepping(self._tables(x_t.device, i), self._kept, z=z, return_x_0=True)(state)
+        assert after.x_0_hat is not None
+        return Stepped(after.x, after.x_0_hat)
 
     @torch.no_grad()
     def _run(
@@ -327,81 +370,231 @@ class Sampler:
         shape: tuple[int, int, int],
         device: torch.device | str,
         x_T: Tensor | None,
+        first_step: int,
         class_labels: Tensor | None,
         *,
         return_x_0: bool,
         watched: bool,
-    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
+    ) -> Iterator[tuple[int, float, Tensor, Tensor, Tensor | None]]:
         """Yield i, t, the state before, the state after, and x_0_hat if asked for; watched: states may be kept."""
-        images, x = self._start(images, shape, device, x_T)
-        if class_labels is not None:
-            if class_labels.shape != images.shape:
-                raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
-            class_labels = class_labels.to(device)
+        self._check_first(first_step, x_T)
         # All that a step reads is on the device before the first: a host value would make every step wait.
-        state = _State(x, images, class_labels, torch.zeros(1, dtype=torch.int64, device=device))
-        coefficients = torch.tensor(self.rows, dtype=torch.float32).to(device)
-        timesteps = torch.tensor(self.timesteps).to(device)
-        kept: dict[Any, Tensor] = {}
-
-        def step(state: _State) -> tuple[Tensor, Tensor | None]:
-            """The state after the step of state.row, and x_0_hat if asked for; the row counts on."""
-            t = timesteps[state.row].expand(len(state.images))
-            labels = {} if state.class_labels is None else {"class_labels": state.class_labels}
-            with _frozen(self.unet, kept):  # not around a yield: the net may be used otherwise in between
-                prediction = _prediction(self.unet(state.x.to(self.dtype), t, **labels), state.x)
-            arguments = (state.x, prediction, coefficients, state.row[0], state.images)
-            result = reverse_step(*arguments, seed=self.seed, return_x_0=return_x_0, impl=self.impl)
-            x, x_0_hat = result if isinstance(result, tuple) else (result, None)
-            state.row.add_(1)
-            return x, x_0_hat
-
+        state = self._state(images, shape, device, x_T, first_step, class_labels)
+        step = self._stepping(self._tables(device, first_step), ({}, {}), z=None, return_x_0=return_x_0)
         # A graph's tensors are overwritten by its next step: copied for whoever may keep them.
         copies = self.graph and (return_x_0 or watched)
-        advance = self._graphed(step, state, return_x_0) if self.graph else step
-        for i, t in enumerate(self.timesteps.tolist()):
+        advance = self._graphed(step, state, (return_x_0, self._opening(first_step))) if self.graph else step
+        timesteps = self.timesteps.tolist()
+        for i in range(first_step, len(timesteps)):
             before = state.x
-            after, x_0_hat = advance(state)
-            if copies or (self.graph and i == len(self.timesteps) - 1):
-                after, x_0_hat = after.clone(), None if x_0_hat is None else x_0_hat.clone()
-            state = state._replace(x=after)
-            yield i, t, before, after, x_0_hat
+            after = advance(state)
+            if copies or (self.graph and i == len(timesteps) - 1):
+                x_0_hat = None if after.x_0_hat is None else after.x_0_hat.clone()
+                after = after._replace(x=after.x.clone(), x_0_hat=x_0_hat)
+            own = after.x_0_hat if self.self_conditioning else None
+            state = state._replace(x=after.x, history=after.history, x_0_hat=own)
+            yield i, timesteps[i], before, after.x, after.x_0_hat
 
-    def _graphed(self, step: _StepFunction, state: _State, return_x_0: bool) -> _StepFunction:
+    def _stepping(self, tables: _Tables, kept: _Kept, *, z: Tensor | None, return_x_0: bool) -> _StepFunction:
+        """The function that takes the step of state.row, and counts the row on."""
+        return_x_0 = return_x_0 or self.self_conditioning
+
+        def step(state: _State) -> _After:
+            t = tables.timesteps[state.row].expand(len(state.images))
+            with _frozen(self.unet, kept[0]), _frozen(self.guide, kept[1]):
+                # Not around a yield: the nets may be used otherwise in between.
+                prediction, guide, learned = self._predict(state, t)
+            if tables.reading is not None:
+                prediction, guide = self._x_0_hat(state, tables.reading, prediction, guide), None
+            result = reverse_step(
+                state.x,
+                prediction,
+                tables.coefficients,
+                state.row[0],
+                state.images,
+                seed=self.seed,
+                history=state.history,
+                guide=guide,
+                variance=learned,
+                noise=z,
+                noisy=self._noisy,
+                return_x_0=return_x_0,
+                impl=self.impl,
+            )
+            state.row.add_(1)
+            if isinstance(result, Tensor):
+                return _After(result, (), None)
+            return _After(result[0], result[2] if len(result) == 3 else (), result[1])
+
+        return step
+
+    def _predict(self, state: _State, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The network's prediction, the guide's, and the learned variance."""
+        x = state.x.to(self.dtype)
+        if state.x_0_hat is not None:
+            x = torch.cat((x, state.x_0_hat.to(self.dtype)), 1)
+        labels, channels = state.class_labels, state.x.shape[1]
+        if self.null_class is not None:
+            # With and without class in one call of 2N: the weights are read once and half as many kernels launched.
+            labels = None if labels is None else torch.cat((labels, torch.full_like(labels, self.null_class)))
+            output, other = _call(self.unet, torch.cat((x, x)), torch.cat((t, t)), labels).chunk(2)
+        else:
+            output, other = _call(self.unet, x, t, labels), None
+            if self.guide is not None:
+                config = getattr(self.guide, "config", None)
+                wanted = config is None or getattr(config, "num_class_embeds", None) is not None
+                other = _call(self.guide, x, t, labels if wanted else None)
+        prediction, learned = _split(output, state.x)
+        guide = None if other is None else _split(other, state.x)[0]
+        if self.table.learned and learned is None:
+            raise ConfigError(
+                f"variance is learned_range and the network returned {channels} channels: valid are {2 * channels}"
+            )
+        return prediction, guide, learned if self.table.learned else None
+
+    def _x_0_hat(self, state: _State, reading: Tensor, prediction: Tensor, guide: Tensor | None) -> Tensor:
+        """x_0_hat float32, where an image's values depend on each other (rescaled guidance, dynamic thresholds)."""
+        a, b, w = reading.index_select(0, state.row)[0].unbind()
+        prediction = prediction.float()
+        if guide is not None:
+            guided = guide.float() + w * (prediction - guide.float())
+            if self.guidance_rescale:
+                ratio = _deviation(prediction) / _deviation(guided)
+                guided = guided * (self.guidance_rescale * ratio + (1 - self.guidance_rescale))
+            prediction = guided
+        x_0_hat = a * state.x + b * prediction
+        if self.dynamic_threshold is None:
+            return x_0_hat
+        limit = _quantile(x_0_hat.abs(), self.dynamic_threshold).clamp(min=self.clip_range)
+        return torch.minimum(torch.maximum(x_0_hat, -limit), limit) * (self.clip_range / limit)
+
+    def _check_first(self, first_step: int, x_T: Tensor | None) -> None:
+        steps, each = len(self.timesteps), self.table.evaluations
+        if not 0 <= first_step < steps:
+            raise ConfigError(f"first_step is {first_step}: it must be in 0 .. {steps - 1}")
+        if first_step % each:
+            raise ConfigError(f"first_step is {first_step}: {self.sampler} begins a step at every {each}nd evaluation")
+        if x_T is None and (first_step or not SAMPLERS[self.sampler].to_image):
+            where = f"at step {first_step}" if first_step else "from images"
+            raise ConfigError(f"{self.sampler} begins {where}: give the state to begin with as x_T")
+
+    def _opening(self, first_step: int) -> int:
+        """Which of the tables serves a run that begins at first_step: with a history, one of its own."""
+        return first_step if self.table.num_history else 0
+
+    def _tables(self, device: torch.device | str, first_step: int) -> _Tables:
+        """The table on the device, made once; rows before first_step are not used."""
+        key = str(torch.device(device)), self._opening(first_step)
+        if key not in self._on_device:
+            table = self.table
+            rows = table.rows.copy()
+            if key[1]:  # nothing is known of the steps before: their places keep the numbers of rows, and so of z
+                rows[key[1] :] = self._from(key[1]).rows
+            reading = None
+            if self.guidance_rescale or self.dynamic_threshold is not None:
+                columns = [COLUMNS.index(name) for name in ("A", "B", "W")]
+                reading = torch.tensor(rows[:, columns], dtype=torch.float32).to(device)
+                rows[:, columns] = 0.0, 1.0, 1.0
+            whole = table.timesteps.dtype.kind == "i"
+            timesteps = torch.tensor(table.timesteps, dtype=torch.int64 if whole else torch.float32)
+            coefficients = torch.tensor(rows, dtype=torch.float32).to(device)
+            self._on_device[key] = _Tables(coefficients, timesteps.to(device), reading)
+        return self._on_device[key]
+
+    def _from(self, first_step: int) -> Table:
+        return make_table(self._levels.start(first_step // self.table.evaluations), **self._options)
+
+    def _graphed(self, step: _StepFunction, state: _State, kind: tuple[bool, int]) -> _StepFunction:
         """`step` from a CUDA graph, captured anew where the shapes are others than the last batch's."""
         labels = state.class_labels
-        key = state.x.shape, state.x.stride(), state.x.device, None if labels is None else labels.shape, return_x_0
+        key = state.x.shape, state.x.stride(), state.x.device, None if labels is None else labels.shape, kind
         if self._captured is None or self._captured[0] != key:
             self._captured = None  # its memory is free before the next is captured
             self._captured = key, _StepGraph(step, state)
         return self._captured[1].start(state)
 
-    def _start(
-        self, images: Tensor, shape: tuple[int, int, int], device: torch.device | str, x_T: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Image numbers on the device, and x_T."""
+    def _state(
+        self,
+        images: Tensor,
+        shape: tuple[int, int, int],
+        device: torch.device | str,
+        x_T: Tensor | None,
+        first_step: int,
+        class_labels: Tensor | None,
+    ) -> _State:
+        """What the first step works on, on the device."""
         if images.ndim != 1 or not len(images) or images.dtype != torch.int64:
             raise ConfigError(f"images is {images.dtype} {list(images.shape)}: give int64 numbers [N], at least one")
         # Numbers already on a device are not looked at: that would wait for it.
         if images.device.type == "cpu" and not 0 <= int(images.min()) <= int(images.max()) < 2**32:
             raise ConfigError("image numbers must be in 0 .. 2^32 - 1")
+        class_labels = self._labels(images, class_labels)
         images = images.to(device)
         if x_T is None:
             x_T = draw_normal(images, shape, seed=self.seed, stream=Stream.X_T, channels_last=True, impl=self.impl)
         elif x_T.shape != (len(images), *shape):
             raise ConfigError(f"x_T has the shape {list(x_T.shape)}: valid is {[len(images), *shape]}")
-        return images, x_T.to(device, torch.float32)
-
-
-def _prediction(output: Any, x: Tensor) -> Tensor:
-    prediction = getattr(output, "sample", output)
-    prediction = prediction if isinstance(prediction, Tensor) else prediction[0]
-    if prediction.shape != x.shape:
-        raise ConfigError(
-            f"the network returned {list(prediction.shape)} for x_t {list(x.shape)}: valid is the same shape "
-            "(learned variances are not supported)"
+        x = x_T.to(device, torch.float32)
+        return _State(
+            x,
+            images,
+            None if class_labels is None else class_labels.to(device),
+            torch.full((1,), first_step, dtype=torch.int64, device=device),
+            tuple(torch.zeros_like(x) for _ in range(self.table.num_history)),
+            torch.zeros_like(x) if self.self_conditioning else None,
         )
-    return prediction
+
+    def _labels(self, images: Tensor, class_labels: Tensor | None) -> Tensor | None:
+        if class_labels is None:
+            if self.num_classes is not None:
+                raise ConfigError(f"the network is conditional: give class_labels, each in 0 .. {self.num_classes - 1}")
+            return None
+        if class_labels.shape != images.shape:
+            raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
+        config = getattr(self.unet, "config", None)
+        if self.num_classes is None and config is not None and getattr(config, "class_embed_type", None) is None:
+            raise ConfigError("class_labels were given and the network has no classes")
+        if self.num_classes is not None and class_labels.device.type == "cpu":
+            # The null class may be asked for: it stands for no class.
+            embeds = self.num_classes + (self.unet.config.num_class_embeds > self.num_classes)  # type: ignore[attr-defined]
+            wrong = class_labels[(class_labels < 0) | (class_labels >= embeds)]
+            if len(wrong):
+                raise ConfigError(f"class {int(wrong[0])} does not exist: valid are 0 .. {self.num_classes - 1}")
+        return class_labels
+
+
+def _call(net: Callable[..., Any], x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """What a network returns, whatever it is wrapped in."""
+    output = net(x, t) if labels is None else net(x, t, class_labels=labels)
+    output = getattr(output, "sample", output)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _split(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A network's output as the prediction, and the learned variance where it has twice the channels."""
+    n, channels, *size = x.shape
+    if output.shape == (n, 2 * channels, *size):
+        return output[:, :channels], output[:, channels:]
+    if output.shape != x.shape:
+        raise ConfigError(
+            f"the network returned {list(output.shape)} for x_t {list(x.shape)}: valid is the same shape, or twice the "
+            "channels (learned variance)"
+        )
+    return output, None
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation of each image [N, 1, 1, 1]."""
+    return x.std(dim=(1, 2, 3), keepdim=True)
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Quantile of each image [N, 1, 1, 1], linear between its values; torch.quantile's own waits for the device."""
+    values = x.flatten(1).sort(dim=1).values
+    place = q * (values.shape[1] - 1)
+    low = min(int(place), max(values.shape[1] - 2, 0))
+    high = min(low + 1, values.shape[1] - 1)
+    return torch.lerp(values[:, low], values[:, high], place - low)[:, None, None, None]
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from .compiling import compile_unet
 from .errors import ConfigError
@@ -11,8 +14,9 @@ from .files import expand, writable_folder
 from .generate import draw_images
 from .machine import DTYPES, make_accelerator, settle_precision
 from .pictures import filmstrip, grid, save_picture, save_samples
-from .pipeline import load_pipeline
+from .pipeline import Pipeline, load_pipeline
 from .samplers import Sampler
+from .unet import UNet
 
 if TYPE_CHECKING:
     from .cli import SampleCommand
@@ -39,33 +43,23 @@ def run_sample(command: "SampleCommand") -> int:
     if why is not None and acc.is_main_process:
         print(f"precision {precision}: {why}", file=sys.stderr)
     pipeline = load_pipeline(command.source, acc.device)
-    process, model = pipeline.process, pipeline.unet.config
-    pipeline.unet.cast_weights(DTYPES[precision])
+    guide = None if command.guide is None else load_guide(command.guide, pipeline, acc.device)
+    sampler = make_sampler(command, pipeline, guide, DTYPES[precision])
     if command.compile:
-        compile_unet(pipeline.unet)
-    sampler = Sampler(
-        pipeline.unet,
-        pipeline.schedule,
-        prediction=process.prediction,
-        sampler=command.sampler,
-        num_steps=command.steps,
-        eta=command.eta,
-        variance=command.variance or process.variance,
-        clip=process.clip,
-        clip_range=process.clip_range,
-        spacing=command.spacing or process.spacing,
-        dtype=DTYPES[precision],
-        seed=command.seed,
-        graph=command.graph,
-    )
+        for net in (pipeline.unet, guide):
+            if net is not None:
+                compile_unet(net)
+    if pipeline.num_classes is not None and not command.labels and acc.is_main_process:
+        print(f"classes 0 .. {pipeline.num_classes - 1} in turn: --class chooses", file=sys.stderr)
     start = time.perf_counter()
     drawn = draw_images(
         sampler,
         command.num,
-        shape=(model.in_channels, *model.image_size),
+        shape=pipeline.shape,
         batch_size=command.batch_size,
         device=acc.device,
         num_film=FILM_IMAGES,
+        classes=command.labels or None,
         progress=acc.is_main_process,
     )
     if not acc.is_main_process:
@@ -78,10 +72,85 @@ def run_sample(command: "SampleCommand") -> int:
     print(f"grid       {out / 'grid.png'}")
     print(f"filmstrip  {out / 'filmstrip.png'}  (x_T on the left, x_0 on the right)")
     print(f"samples    {out / 'samples.npz'}  (arr_0, uint8 {list(drawn.images.shape)})")
-    few = min(50, process.num_timesteps)
+    few = min(50, pipeline.process.num_timesteps)
     other = f"ddim --steps {few}" if command.sampler == "ddpm" else "ddpm"
     print(
         f"next       fastddpm sample {shlex.quote(command.source)} --num {command.num} --sampler {other} "
         f"--seed {command.seed + 1} --out {shlex.quote(command.out + '-' + other.split()[0])}"
     )
     return 0
+
+
+def load_guide(source: str, pipeline: Pipeline, device: torch.device) -> UNet:
+    """The network of another model that is to guide the pipeline's (autoguidance).
+
+    Raises:
+        CheckpointError: as load_pipeline.
+        ConfigError: if the two do not go together: images, classes, process or what they predict differ.
+    """
+    guide = load_pipeline(source, device)
+    mine, theirs = pipeline.process, guide.process
+    for what, own, other in (
+        ("images of shape", pipeline.shape, guide.shape),
+        ("prediction", mine.prediction, theirs.prediction),
+        ("timesteps", mine.num_timesteps, theirs.num_timesteps),
+        ("self-conditioning", mine.self_conditioning, theirs.self_conditioning),
+    ):
+        if own != other:
+            raise ConfigError(f"--guide {source} does not fit: its {what} is {other}, the model's {own}")
+    if not np.allclose(pipeline.schedule.alpha_bar, guide.schedule.alpha_bar, rtol=1e-6, atol=0):
+        raise ConfigError(f"--guide {source} does not fit: its noise schedule is another than the model's")
+    # Without classes it is the guide of classifier-free guidance, in a network of its own.
+    if guide.num_classes not in (None, pipeline.num_classes):
+        own = pipeline.num_classes or "none"
+        raise ConfigError(f"--guide {source} does not fit: it has {guide.num_classes} classes, the model {own}")
+    return guide.unet
+
+
+def make_sampler(command: "SampleCommand", pipeline: Pipeline, guide: UNet | None, dtype: torch.dtype) -> Sampler:
+    """The sampler that the options ask for, its networks cast to dtype.
+
+    Raises:
+        ConfigError: options that do not go together, or with the model.
+    """
+    if command.guidance == 1:
+        for name, given in (
+            ("guide", command.guide is not None),
+            ("guidance-interval", command.guidance_interval is not None),
+            ("guidance-rescale", command.guidance_rescale != 0),
+        ):
+            if given:
+                raise ConfigError(f"--{name} is given and --guidance is 1, which is none: give --guidance above 1")
+    if command.variance is not None and command.sampler != "ddpm":
+        raise ConfigError(f"--variance is {command.variance} and the sampler is {command.sampler}: only ddpm has it")
+    if pipeline.unet.config.class_embed_type is not None:
+        raise ConfigError(
+            f"the model's class_embed_type is {pipeline.unet.config.class_embed_type}: only classes that are numbers "
+            "(num_class_embeds) can be sampled"
+        )
+    given_or_own: dict[str, Any] = {
+        "variance": command.variance,
+        "spacing": command.spacing,
+        "dynamic_threshold": command.threshold,
+    }
+    for net in (pipeline.unet, guide):
+        if net is not None:
+            net.cast_weights(dtype)
+    return Sampler.of(
+        pipeline.process,
+        pipeline.unet,
+        pipeline.schedule,
+        sampler=command.sampler,
+        num_steps=command.steps,
+        eta=command.eta,
+        churn=command.churn,
+        temperature=command.temperature,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
+        guidance_rescale=command.guidance_rescale,
+        guide=guide,
+        dtype=dtype,
+        seed=command.seed,
+        graph=command.graph,
+        **{name: value for name, value in given_or_own.items() if value is not None},
+    )

@@ -22,6 +22,7 @@ Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 VARIANCES: tuple[str, ...] = get_args(Variance)
+FIXED_VARIANCES = ("fixed_small", "fixed_large")
 
 # No beta is larger: at beta = 1 nothing of x_0 is left and x_0 cannot be had from eps (Nichol & Dhariwal 2021, 3.2).
 MAX_BETA = 0.999
@@ -77,6 +78,17 @@ def sigmoid(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
     return np.minimum(scale * (beta_start + (beta_end - beta_start) * curve), MAX_BETA)
 
 
+def quadratic(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Array:
+    """Betas whose square roots are equally spaced ("quad" of Ho's code, diffusers' "scaled_linear"), times 1000/T.
+
+    Args:
+        beta_start, beta_end: first and last beta at T = 1000, 0 < beta_start <= beta_end < 1; cut as for linear.
+    """
+    scale = _beta_scale(num_timesteps, beta_start, beta_end)
+    roots = np.linspace(math.sqrt(scale * beta_start), math.sqrt(scale * beta_end), num_timesteps)
+    return np.minimum(roots**2, MAX_BETA)
+
+
 def _beta_scale(num_timesteps: int, beta_start: float, beta_end: float) -> float:
     if not 0 < beta_start <= beta_end < 1:
         raise ConfigError(
@@ -90,11 +102,35 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
     "linear": linear,
     "cosine": cosine,
     "sigmoid": sigmoid,
+    "quadratic": quadratic,
 }
+
+
+def zero_terminal_snr(betas: ArrayLike) -> Array:
+    """Betas [T] of the same schedule, rescaled so that x_T is pure noise (Lin et al. 2024, algorithm 1).
+
+    sqrt(alpha_bar) is shifted to 0 at the last index and scaled to its old value at the first one, so the last beta
+    becomes 1.
+
+    Args:
+        betas: [T] in (0, 1).
+
+    Raises:
+        ConfigError: if T is 1: one step cannot keep its noise and become pure noise.
+    """
+    beta = np.array(betas, dtype=np.float64)
+    if len(beta) < 2:
+        raise ConfigError("zero_terminal_snr needs at least 2 timesteps: num_timesteps is 1")
+    root = np.sqrt(np.cumprod(1 - beta))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    return np.append(beta[0], 1 - (root[1:] / root[:-1]) ** 2)
 
 
 class NoiseSchedule:
     """Everything that follows from the betas of a forward process.
+
+    The last beta may be 1, so that x_T is pure noise (zero terminal SNR): alpha_bar and snr are 0 there, every table is
+    finite, and x_0 cannot be had from eps.
 
     Attributes (float64 numpy arrays [T] on the CPU, read-only, entry t belongs to timestep t):
         beta, alpha: noise variance of one step, and 1 - beta.
@@ -123,24 +159,28 @@ class NoiseSchedule:
     )
 
     def __init__(self, betas: ArrayLike) -> None:
-        """Make the tables from betas [T], each in (0, 1).
+        """Make the tables from betas [T], each in (0, 1); the last one may be 1.
 
         Raises:
-            ConfigError: if there is no beta, one is not in (0, 1), or alpha_bar underflows.
+            ConfigError: if there is no beta, one is out of range, or alpha_bar underflows.
         """
         beta = np.array(betas, dtype=np.float64)
         if beta.ndim != 1 or not beta.size:
             raise ConfigError(f"betas have the shape {list(beta.shape)}: valid is a list of at least one number")
-        bad = np.flatnonzero(~((beta > 0) & (1 - beta < 1) & (beta < 1)))
+        pure_noise = np.append(np.zeros(len(beta) - 1, dtype=bool), beta[-1] == 1)
+        bad = np.flatnonzero(~((beta > 0) & (1 - beta < 1) & ((beta < 1) | pure_noise)))
         if bad.size:
-            raise ConfigError(f"beta at index {bad[0]} is {beta[bad[0]]}: every beta must be above 0 and below 1")
+            raise ConfigError(
+                f"beta at index {bad[0]} is {beta[bad[0]]}: every beta must be above 0 and below 1 (the last may be 1)"
+            )
         self.num_timesteps = len(beta)
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = np.cumprod(self.alpha)
-        if self.alpha_bar[-1] < 1e-60:  # 1 / sqrt(alpha_bar) has to be a float32
+        smallest = self.alpha_bar[~pure_noise].min(initial=1.0)
+        if smallest < 1e-60:  # 1 / sqrt(alpha_bar) has to be a float32
             raise ConfigError(
-                f"alpha_bar falls to {self.alpha_bar[-1]:.3g}: the last steps would all be pure noise; "
+                f"alpha_bar falls to {smallest:.3g}: the last steps would all be pure noise; "
                 "use smaller betas or fewer timesteps"
             )
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
@@ -217,13 +257,22 @@ class NoiseSchedule:
         in x_t and prediction.
 
         Raises:
-            ConfigError: if `kind` is unknown.
+            ConfigError: if `kind` is unknown, or eps where x_T is pure noise.
         """
-        check_choice("prediction", kind, PREDICTIONS)
+        self.check_prediction(kind)
         if kind == "x_0":
             return prediction
         signal, noise = self._at("sqrt_alpha_bar", t, x_t), self._at("sqrt_one_minus_alpha_bar", t, x_t)
         return signal * x_t - noise * prediction if kind == "v" else (x_t - noise * prediction) / signal
+
+    def check_prediction(self, kind: str) -> None:
+        """Raise a ConfigError unless `kind` is one of PREDICTIONS, and not eps where x_T is pure noise."""
+        check_choice("prediction", kind, PREDICTIONS)
+        if kind == "eps" and self.alpha_bar[-1] == 0:
+            raise ConfigError(
+                "prediction is 'eps' and the last alpha_bar is 0 (zero terminal SNR): eps of pure noise says nothing "
+                "about x_0; valid are v, x_0"
+            )
 
     def predict_eps(self, x_t: Tensor, t: Tensor | int, prediction: Tensor, kind: str = "eps") -> Tensor:
         """eps_hat [N, ...] from what the network predicts; the counterpart of predict_x_0."""
@@ -241,8 +290,8 @@ class NoiseSchedule:
         the entry matters to the likelihood.
 
         Raises:
-            ConfigError: if `kind` is not one of VARIANCES.
+            ConfigError: if `kind` is no fixed variance (of learned_range the two are the limits).
         """
-        check_choice("variance", kind, VARIANCES)
+        check_choice("variance", kind, FIXED_VARIANCES)
         small = np.exp(self.posterior_log_variance)
         return small if kind == "fixed_small" else np.append(small[0], self.beta[1:])

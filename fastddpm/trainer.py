@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .averages import rewind_snapshots, write_snapshots
 from .checkpoint import AsyncWriter, Checkpoints, State, load_into, load_optimizer, optimizer_tensors
 from .compiling import compile_unet
 from .config import RUNTIME_FIELDS, Config, Precision, differences, flatten, read_config, read_facts, to_dict
@@ -51,7 +52,7 @@ from .preflight import check as check_before_training
 from .runlog import Progress, RunLog, read_status, write_status
 from .samplers import Sampler
 from .sharding import Peers, check_sharding, local, rows, shard, total_norm
-from .step import TrainStep
+from .step import FIXED_POINT, QUARTILES, TrainStep
 from .unet import UNet
 from .watch import HANG_EXIT_CODE, HangWatch
 
@@ -60,6 +61,7 @@ SMALLEST_SCALE = 2.0**-10
 # Share of the training sequence that data.bad_image=skip may replace, judged against one epoch at least.
 MAX_REPLACED = 0.001
 REPLACED_SHOWN = 10
+OWN = ("average-", "loss history/")  # how names begin of what checkpoints hold beside the optimiser's moments
 FIRST_WORD = 2.0  # seconds for another rank to say why it ended
 SHORTEST_EPOCH = 10_000  # of a stream of unknown length
 
@@ -86,6 +88,8 @@ class _Done:
     norm: Tensor
     rows: list[Tensor]
     """int64 [n] per micro-batch, on the host."""
+    t: list[Tensor]
+    """int64 [n] per micro-batch, on the device."""
     replaced: list[str]
     """Messages about images in whose place another was taken."""
 
@@ -148,15 +152,15 @@ class Trainer:
                 writable_folder(self.run / name, "run folder")
         # On all ranks at once: datasets locks its cache, and a rank that waits for a file is not in a collective that
         # times out while another prepares a large set.
-        model = self.config.model
-        self.data: ImageData = open_data(self.config.data, model.image_size, model.in_channels)
+        self.data: ImageData = open_data(self.config.data, self.config.model.image_size, self.config.channels)
+        self.config = self._with_classes(self.config)
         peers = Peers(self._patience) if self.sharded else None
         self.checkpoints = Checkpoints(self.run, self.config.keep, peers)
         self.writer = AsyncWriter(self.checkpoints, self._export) if self.config.save_async else None
         self._check_data("data" in allow_change)
         if replay is None:
             self._check_before_training()
-        self.unet = UNet(self.config.model, seed=self.config.seed)
+        self.unet = UNet(self.config.network(), seed=self.config.seed)
         if not self.sharded:  # otherwise layer by layer
             self.unet.to(acc.device)
         self.ema_unet = copy.deepcopy(self.unet).eval()
@@ -167,8 +171,12 @@ class Trainer:
         self.weights = list(self.unet.parameters())
         self.averages = list(self.ema_unet.parameters())
         self.schedule = self.config.diffusion.noise_schedule()
-        process = TrainingProcess(
-            self.schedule, self.config.diffusion.prediction, seed=self.config.seed, flip=self.config.data.flip
+        process = TrainingProcess.of(
+            self.config.diffusion,
+            seed=self.config.seed,
+            flip=self.config.data.flip,
+            batch_size=self.config.batch_size,
+            device=acc.device,
         )
         if self.config.compile:
             self.say(f"compiled: {compile_unet(self.unet)}")
@@ -184,6 +192,7 @@ class Trainer:
             share=self._share,
             accelerator=acc,
             graph=self.config.graph,
+            augment=self.config.data.augment,
         )
         self.log, self.events = RunLog(self.run), RunLog(self.run, "numerics.jsonl")
         self._replayed = replay or 0
@@ -211,6 +220,29 @@ class Trainer:
             f"{self.config.data.source} {numbers} when {self.run} was started, so the order would be another: restore "
             "the data, choose another --run, or go on in the new order with --allow-change data"
         )
+
+    def _with_classes(self, config: Config) -> Config:
+        """The config with the number of classes of the data, where it is conditional and names none.
+
+        Raises:
+            DataError: the data have no labels, or more classes than the network is told.
+        """
+        if not config.conditional:
+            return config
+        found, source = self.data.num_classes, config.data.source
+        if self.data.label_column is None:
+            raise DataError(
+                f"conditional is set and {source} has no labels that can be used"
+                f"{f' ({self.data.warning})' if self.data.warning else ''}: name their column with "
+                "--data.label-column, or leave out --conditional"
+            )
+        named = config.model.num_class_embeds
+        if named is None and found is None:
+            raise DataError(f"{source} does not say how many classes it has: give --model.num-class-embeds")
+        if named is not None and found is not None and found > named:
+            raise DataError(f"{source} has {found} classes and model.num_class_embeds is {named}: give at least {found}")
+        model = dataclasses.replace(config.model, num_class_embeds=named or found)
+        return dataclasses.replace(config, model=model)
 
     @property
     def _data_facts(self) -> dict[str, Any]:
@@ -257,6 +289,7 @@ class Trainer:
             self.checkpoints.sweep()
             self.log.rewind(self.step)
             self.events.rewind(self.step)
+            rewind_snapshots(self.run, self.step)
             stored = read_facts(self.run) if newest is not None else None
             changes = [
                 *((stored or {}).get("changes") or []),
@@ -296,12 +329,44 @@ class Trainer:
     def _restore(self, state: State, path: Path) -> None:
         load_into(self.unet, state.model, str(path / "model.safetensors"))
         load_into(self.ema_unet, state.ema, str(path / "ema.safetensors"))
-        load_optimizer(self.optimizer, self.names, self.weights, state.optimizer)
+        kept = {key: value for key, value in state.optimizer.items() if not self._is_own(key)}
+        load_optimizer(self.optimizer, self.names, self.weights, kept)
+        self._load_own(state.optimizer, path)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.step, self.samples_seen = state.step, state.samples_seen
         self.guard = Guard.from_facts(state.facts.get("guard") or {})
+        quartiles = torch.tensor(state.facts.get("quartiles") or [[0] * QUARTILES] * 2, dtype=torch.int64)
+        # Of all processes together: the first one goes on from them.
+        self.train_step.quartiles.copy_(quartiles if self.accelerator.is_main_process else quartiles * 0)
         self.replaced = int(state.facts.get("replaced_images") or 0)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """What steps carry besides weights, their average and the optimiser, under names as the optimiser's moments.
+
+        Power-function averages as "weight/average-WIDTH", past losses by timestep as "loss history/NAME".
+        """
+        tensors = {}
+        averages, history = self.train_step.power_averages, self.train_step.process.history
+        if averages is not None:
+            for width, average in zip(averages.widths, averages.averages, strict=True):
+                tensors |= {f"{n}/{OWN[0]}{width:g}": a for n, a in zip(self.names, average, strict=True)}
+        if history is not None:
+            tensors |= {f"{OWN[1]}{name}": tensor for name, tensor in history.tensors().items()}
+        return tensors
+
+    @staticmethod
+    def _is_own(key: str) -> bool:
+        return key.rpartition("/")[2].startswith(OWN[0]) or key.startswith(OWN[1])
+
+    def _load_own(self, tensors: dict[str, Tensor], path: Path) -> None:
+        own = self._own_tensors()
+        for key, place in own.items():
+            if key not in tensors or tensors[key].shape != place.shape:
+                raise CheckpointError(f"{path} has no {key} of shape {list(place.shape)}, which this config needs")
+        with torch.no_grad():
+            for key, place in own.items():
+                place.copy_(tensors[key])
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -405,7 +470,7 @@ class Trainer:
                     self.samples_seen += config.batch_size
                     clock.images += config.batch_size
                     progress.step()
-                    mailbox.put(done.number, done.norm, done.losses, done.rows)
+                    mailbox.put(done.number, done.norm, done.losses, done.rows, done.t)
                     watch.at(self.step, "agreeing whether to stop")
                     self._tell_replaced(done.replaced, stop.total, progress)
                     stopped = stop.agreed(len(done.replaced))
@@ -418,6 +483,11 @@ class Trainer:
                     self._count_replaced(stop.total)
                     if logged:
                         self._write_record(clock.close_window(self._record(done)), progress)
+                        self.train_step.quartiles.zero_()
+                    if self._snapshot_due(saved):
+                        watch.at(self.step, "writing snapshots of averages")
+                        with clock.paused():
+                            self._write_snapshots()
                     if saved:
                         watch.at(self.step, "saving")
                         with clock.paused():
@@ -450,7 +520,7 @@ class Trainer:
                 self.step += 1
                 self.samples_seen += self.config.batch_size
         mailbox = Mailbox(self.accelerator.device)
-        mailbox.put(done.number, done.norm, done.losses, done.rows)
+        mailbox.put(done.number, done.norm, done.losses, done.rows, done.t)
         (numbers,) = mailbox.take(everything=True)
         return self._record(done) | self._images_of(numbers)
 
@@ -474,6 +544,7 @@ class Trainer:
         config, step, number = self.config, self.train_step, self.step + 1
         losses: list[Tensor] = []
         rows: list[Tensor] = []
+        timesteps: list[Tensor] = []
         replaced: list[str] = []
         for micro in range(config.accumulation):
             watch.at(number, "reading data")
@@ -484,14 +555,16 @@ class Trainer:
             watch.at(number, "computing")
             rows.append(batch.rows)
             replaced += batch.replaced
+            labels = batch.labels if config.conditional else None
             if step.graph is not None:
-                loss, norm = step(batch.images, batch.ordinals, self.step)
+                loss, norm = step(batch.images, batch.ordinals, self.step, labels)
             else:
-                loss = step.accumulate(batch.images, batch.ordinals, last=micro == config.accumulation - 1)
+                loss = step.accumulate(batch.images, batch.ordinals, labels, last=micro == config.accumulation - 1)
             losses.append(loss)
+            timesteps.append(step.t)
         if step.graph is None:
             norm = step.update(self.step)
-        return _Done(number, losses, norm, rows, replaced)
+        return _Done(number, losses, norm, rows, timesteps, replaced)
 
     def _record(self, done: _Done) -> dict[str, Any]:
         """What log.jsonl says of a step. Called on all ranks; the host waits for the device."""
@@ -500,6 +573,8 @@ class Trainer:
         numbers = torch.stack((loss, done.norm)).tolist()
         record = {"step": done.number, "samples_seen": self.samples_seen, "loss": numbers[0], "grad_norm": numbers[1]}
         record["lr"] = learning_rate(self.config.optim, done.number - 1, self._horizon)
+        sums, counts = self.accelerator.reduce(self.train_step.quartiles.clone(), reduction="sum").tolist()
+        record["loss_quartiles"] = [s / FIXED_POINT / n if n else None for s, n in zip(sums, counts, strict=True)]
         if self.guard.num_skipped:
             record["skipped_steps"] = self.guard.num_skipped
         if self.replaced:
@@ -513,12 +588,10 @@ class Trainer:
         offset = self.samples_seen - self.step * config.batch_size
         plan = BatchPlan(config.batch_size, acc.num_processes, config.accumulation, offset)
         own = [plan.positions(numbers.number - 1, index, acc.process_index) for index in range(config.accumulation)]
-        columns = (torch.from_numpy(np.concatenate(own)), numbers.rows, numbers.losses)
-        positions, rows, losses = (acc.gather(column.to(acc.device)).cpu() for column in columns)
+        columns = (torch.from_numpy(np.concatenate(own)), numbers.rows, numbers.t, numbers.losses)
+        positions, rows, t, losses = (acc.gather(column.to(acc.device)).cpu() for column in columns)
         order = positions.argsort()
-        positions = positions[order]
-        t = self.train_step.process.timesteps(positions)
-        found = {"positions": positions, "rows": rows[order], "t": t, "losses": losses[order]}
+        found = {"positions": positions[order], "rows": rows[order], "t": t[order], "losses": losses[order]}
         return {name: column.tolist() for name, column in found.items()}
 
     def _judge(self, arrived: Iterable[StepNumbers], progress: Progress) -> None:
@@ -583,6 +656,31 @@ class Trainer:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         progress.report(record)
 
+    def _snapshot_due(self, saved: bool) -> bool:
+        every = self.config.ema.snapshot_every
+        due = self.step % every == 0 or self.step == self.config.steps if every else saved
+        return due and self.train_step.power_averages is not None
+
+    def _write_snapshots(self) -> None:
+        """Of the power-function averages, ahead of the checkpoint of the same step. Called on all ranks.
+
+        Raises:
+            CheckpointError: they cannot be written, on any rank.
+        """
+        assert self.train_step.power_averages is not None
+        failure: list[CheckpointError | None] = [None]
+        try:
+            parameters = dict(zip(self.names, self.weights, strict=True))
+            main = self.accelerator.is_main_process
+            write_snapshots(self.run, self.step, self.train_step.power_averages, parameters, main=main)
+        except CheckpointError as error:
+            failure = [error]
+        if self.accelerator.num_processes > 1:
+            failure = gather_object(failure)
+        for found in failure:
+            if found is not None:
+                raise found
+
     def save(self) -> None:
         """Commit a checkpoint, then replace the pipeline files with its averages; with save_async, begin to.
 
@@ -592,6 +690,7 @@ class Trainer:
         if not norm.isfinite():
             raise NumericsError(f"the weights of step {self.step} are not finite; they are not saved: lower optim.lr")
         failure: list[CheckpointError | None] = [None]
+        quartiles = self.accelerator.reduce(self.train_step.quartiles.clone(), reduction="sum")
         if self.sharded or self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = State(
@@ -599,9 +698,13 @@ class Trainer:
                 samples_seen=self.samples_seen,
                 model=self.unet.state_dict(),
                 ema=self.ema_unet.state_dict(),
-                optimizer=optimizer_tensors(self.optimizer, self.names, self.weights),
+                optimizer=optimizer_tensors(self.optimizer, self.names, self.weights) | self._own_tensors(),
                 scaler=scaler.state_dict() if scaler is not None else {},
-                facts={"guard": self.guard.to_facts(), "replaced_images": self.replaced},
+                facts={
+                    "guard": self.guard.to_facts(),
+                    "replaced_images": self.replaced,
+                    "quartiles": quartiles.tolist(),
+                },
                 rows=rows(self.unet),
             )
             try:
@@ -623,33 +726,31 @@ class Trainer:
             # Of a sharded run no process has them all in memory.
             ema = self.checkpoints.tensors(path, "ema") if self.sharded else state.ema
             try:
-                write_pipeline(self.run, self.config.model, self.config.diffusion, ema)
+                write_pipeline(self.run, self.config.network(), self.config.diffusion, ema)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"the pipeline files of {self.run} cannot be written: {error}") from error
 
     def draw_grid(self) -> Path:
         """Sample a grid with the averaged weights into RUN/samples. Called on all ranks."""
         config, acc = self.config, self.accelerator
-        sampler = Sampler(
+        sampler = Sampler.of(
+            config.diffusion,
             self.ema_unet,
             self.schedule,
-            prediction=config.diffusion.prediction,
             sampler=config.grid.sampler,
             num_steps=config.grid.steps,
             eta=config.grid.eta,
-            variance=config.diffusion.variance,
-            clip=config.diffusion.clip,
-            clip_range=config.diffusion.clip_range,
-            spacing=config.diffusion.spacing,
+            guidance=config.grid.guidance,
             dtype=DTYPES[config.precision],
             seed=config.seed,
         )
         drawn = draw_images(
             sampler,
             config.grid.num,
-            shape=(config.model.in_channels, *config.model.image_size),
+            shape=(config.channels, *config.model.image_size),
             batch_size=config.grid.batch_size,
             device=acc.device,
+            classes=range(config.model.num_class_embeds) if config.model.num_class_embeds is not None else None,
         )
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         if acc.is_main_process:
@@ -711,7 +812,7 @@ def _row_of_largest(images: dict[str, list[Any]]) -> int:
 
 
 def resolve(config: Config, run: Path, allow_change: Collection[str] = ()) -> tuple[Config, list[str]]:
-    """Fill what depends on the machine or on the run folder: absolute source, and the horizon of the first start.
+    """Fill what depends on the machine or on the run folder: absolute source, the first start's horizon and classes.
 
     Returns:
         The config, and the allowed changes against the stored one, as "name: stored -> wanted".
@@ -727,9 +828,13 @@ def resolve(config: Config, run: Path, allow_change: Collection[str] = ()) -> tu
             raise ConfigError(f"allow-change {name}: it {why}")
     stored = read_config(run) if Checkpoints(run).all() else None  # a start that saved nothing binds nothing
     horizon = config.optim.horizon or (stored.optim.horizon if stored else None) or config.steps
+    model = config.model
+    if config.conditional and model.num_class_embeds is None and stored is not None:  # the data's, at the first start
+        model = dataclasses.replace(model, num_class_embeds=stored.model.num_class_embeds)
     config = dataclasses.replace(
         config,
         run=str(run),
+        model=model,
         data=dataclasses.replace(
             config.data,
             source=resolve_source(config.data.source),

@@ -165,6 +165,8 @@ class UNetConfig:
         for key in OPTIONAL_COUNTS:
             if getattr(self, key) is not None:
                 _check_count(key, getattr(self, key))
+        if not isinstance(self.augment_channels, int) or self.augment_channels < 0:
+            raise ConfigError(f"augment_channels is {self.augment_channels!r}: give a whole number, at least 0")
         self._check_channels()
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout!r}: give a probability, at least 0 and less than 1")
@@ -336,6 +338,11 @@ class UNet(nn.Module):
             self.class_embedding = nn.Identity()
         elif config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.time_channels)
+        # Added to the sinusoid, before the two layers with an activation in between: what an augmentation changes in
+        # the net depends on t. No bias: without an augmentation it adds exactly nothing, and may be left out.
+        self.augment_embedding: nn.Linear | None = None
+        if config.augment_channels:
+            self.augment_embedding = nn.Linear(config.augment_channels, channels[0], bias=False)
 
         self.down_blocks = nn.ModuleList()
         for level, block_type in enumerate(config.down_block_types):
@@ -395,7 +402,7 @@ class UNet(nn.Module):
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Ho's initialisation, drawn from a generator seeded with `seed`; see blocks.initialise."""
-        blocks.initialise(self, seed, last=self.conv_out)
+        blocks.initialise(self, seed, last=self.conv_out, zero=self.augment_embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -463,18 +470,21 @@ class UNet(nn.Module):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        augment: Tensor | None = None,
     ) -> UNetOutput | tuple[Tensor]:
         """sample [N, in_channels, H, W], timestep a number, [] or [N] -> sample [N, out_channels, H, W].
 
         class_labels: int64 [N] for num_class_embeds; numbers [N] for class_embed_type timestep; [N, time_channels] for
-        identity; None for an unconditional net. Everything but timestep and integer labels gets a gradient.
-        return_dict=False gives a plain tuple of one tensor. The result is of compute_dtype. ConfigError for sizes that
-        cannot be halved often enough, ValueError for a timestep of another shape and for labels missing or not wanted.
+        identity; None for an unconditional net. augment: float [N, augment_channels], how each image was augmented;
+        None, and zeros, say that it was not, with the very same result. Everything but timestep and integer labels gets
+        a gradient. return_dict=False gives a plain tuple of one tensor. The result is of compute_dtype. ConfigError for
+        sizes that cannot be halved often enough, ValueError for a timestep of another shape and for labels missing or
+        not wanted, and for an augmentation that is of another shape or not wanted.
         """
         height, width = sample.shape[2:]
         if height % self.config.size_multiple or width % self.config.size_multiple:
             self.config.check_size((height, width))
-        projected = iter(self._project(self._embed(sample, timestep, class_labels)))
+        projected = iter(self._project(self._embed(sample, timestep, class_labels, augment)))
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         # Converted here, once: from then on the weights' memory order keeps channels_last.
@@ -507,8 +517,10 @@ class UNet(nn.Module):
             return (activated,) * len(resnets)  # each projects it itself: its weights are there only while it runs
         return blocks.project_embedding(activated, resnets, self.shared)
 
-    def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
-        """[N, time_channels]: the embedding of the timestep, plus that of the class."""
+    def _embed(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
+        """[N, time_channels]: the embedding of the timestep and the augmentation, plus that of the class."""
         count, config = sample.shape[0], self.config
         if not isinstance(timestep, Tensor):
             timestep = torch.full((count,), timestep, device=sample.device)  # no copy from the host
@@ -521,7 +533,16 @@ class UNet(nn.Module):
             freq_shift=config.freq_shift,
         )
         t = timestep.to(sample.device).reshape(-1).expand(count)
-        embedding = self.time_embedding(project(t).to(self.compute_dtype))
+        inputs = project(t).to(self.compute_dtype)
+        if augment is not None:
+            if self.augment_embedding is None or augment.shape != (count, config.augment_channels):
+                raise ValueError(
+                    f"augment has shape {tuple(augment.shape)}: the net takes "
+                    f"{(count, config.augment_channels) if config.augment_channels else 'none'}"
+                )
+            weight = self.shared.cast(inputs.dtype, self.augment_embedding.weight)
+            inputs = inputs + nn.functional.linear(augment.to(inputs.dtype), weight)
+        embedding = self.time_embedding(inputs)
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to an unconditional net")

@@ -16,22 +16,29 @@ FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 PER_SAMPLE = (
     *("x_0", "t", "ordinals", "flip", "prediction", "weights", "x_t", "images", "x"),
     *("residual", "skip", "scale", "shift", "dy", "dtotal", "mean", "rstd"),
+    *("history", "guide", "variance", "noise"),
 )
 # NVIDIA's approximate lg2, sin and cos: all normals within 1e-3 of the exact ones, 99.99 % within 2e-5.
 FAST_WORST, FAST_USUAL, FAST_SHARE = 1e-3, 2e-5, 0.9999
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
-    """An op's results as a tuple."""
-    return result if isinstance(result, tuple) else (result,)
+    """An op's results as a flat tuple, without the None of one that was not asked for."""
+    if isinstance(result, tuple):
+        return tuple(x for each in result for x in outputs(each))
+    return () if result is None else (result,)
+
+
+def of_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The function of a tensor, or of the tensors of a tuple; anything else is returned as it is."""
+    if isinstance(value, tuple):
+        return tuple(of_tensors(function, each) for each in value)
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with every floating-point tensor, and the output dtype, in float64."""
-    wide = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in kwargs.items()
-    }
+    wide = {name: of_tensors(lambda x: x.double() if x.is_floating_point() else x, v) for name, v in kwargs.items()}
     if "dtype" in wide:
         wide["dtype"] = torch.float64
     return wide
@@ -79,4 +86,7 @@ def one_sample(kwargs: dict[str, Any], k: int) -> dict[str, Any]:
     def per_sample(name: str, value: Any) -> bool:
         return name in PER_SAMPLE or (name == "add" and value.dim() == 2)
 
-    return {name: value[k : k + 1] if per_sample(name, value) else value for name, value in kwargs.items()}
+    return {
+        name: of_tensors(lambda x: x[k : k + 1], value) if per_sample(name, value) else value
+        for name, value in kwargs.items()
+    }

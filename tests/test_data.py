@@ -472,3 +472,98 @@ def test_what_replaces_an_image_is_of_its_own_source(tmp_path: Path, fields: dic
     else:
         block = 4 if "streaming" not in fields else 1 << 32
         assert replaced == 8 and sum(row < block for row in rows) == 16
+
+
+def array_set(tmp_path: Path, kind: str, arrays: np.ndarray) -> str:
+    """A parquet file of uint8 arrays [N, ...]: as datasets' Array2D or Array3D, or as nested lists."""
+    arrays_of = {3: datasets.Array2D, 4: datasets.Array3D}[arrays.ndim]
+    feature: Any = arrays_of(shape=arrays.shape[1:], dtype="uint8")
+    if kind == "lists":
+        feature = datasets.Value("uint8")
+        for _ in range(arrays.ndim - 1):
+            feature = datasets.List(feature)
+    features = datasets.Features({"pixels": feature, "label": datasets.ClassLabel(names=["a", "b"])})
+    columns = {"pixels": list(arrays), "label": [row % 2 for row in range(len(arrays))]}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    path = tmp_path / f"{kind}-{'x'.join(map(str, arrays.shape))}.parquet"
+    dataset.to_parquet(path)
+    return f"parquet:{path}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["arrays", "lists"])
+def test_arrays_of_any_number_of_channels_are_read(tmp_path: Path, kind: str, streaming: bool) -> None:
+    rng = np.random.default_rng(0)
+    for shape, channels in (((9, 8, 5), 5), ((2, 9, 8), 2), ((9, 8), 1)):
+        arrays = rng.integers(0, 256, (12, *shape), dtype=np.uint8)
+        config = DataConfig(source=array_set(tmp_path, kind, arrays), streaming=streaming, workers=1)
+        data = open_data(config, (9, 8), channels)
+        expected = arrays.transpose(0, 2, 3, 1) if shape[0] == channels else arrays.reshape(12, 9, 8, channels)
+        for workers in (0, 1):  # the second time from the store of decoded images, where there is one
+            (batch,) = data.batches(3, 0, 1, 12, workers=workers)
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.labels is not None
+            rows = batch.rows.numpy() & 0xFFFFFFFF
+            assert sorted(rows.tolist()) == list(range(12))
+            assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected[rows])
+            assert np.array_equal(batch.labels.numpy(), rows % 2)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_of_files_is_a_channel(tmp_path: Path, channels: int) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
+    for row, pixels in enumerate(images):
+        (tmp_path / f"{row}.png").write_bytes(png(pixels))
+    (batch,) = open_data(DataConfig(f"folder:{tmp_path}"), (8, 8), channels).batches(0, 0, 1, 6, workers=0)
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), images[batch.rows.numpy()])
+    message = one_line(lambda: list(open_data(DataConfig(f"folder:{tmp_path}"), (8, 8), 7).batches(0, 0, 1, 2)))
+    assert ".png (row " in message and "is an image file, which has 1 (gray), 2 (gray, alpha), 3 (RGB) or 4" in message
+    config = DataConfig(f"folder:{tmp_path}", background="white")
+    message = one_line(lambda: open_data(config, (8, 8), channels), ConfigError)
+    assert message.startswith(f"data.background is 'white' and the model has {channels} channels")
+    message = one_line(lambda: open_data(DataConfig(f"folder:{tmp_path}"), (8, 8), 0), ConfigError)
+    assert message == "a model of 0 channels: images have at least 1"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arrays_that_cannot_be_used_are_named(tmp_path: Path, streaming: bool) -> None:
+    def read(column: pa.Array, channels: int = 2, **fields: Any) -> None:
+        pq.write_table(pa.table({"pixels": column}), tmp_path / "rows.parquet")
+        config = DataConfig(source=f"parquet:{tmp_path}/rows.parquet", streaming=streaming, **fields)
+        list(open_data(config, (1, 3), channels).batches(0, 0, 1, len(column), workers=0))
+
+    def nested(dtype: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.list_(pa.list_(dtype)))
+
+    sound = [[[1, 2], [3, 4], [5, 6]]]
+    read(pa.array([sound, sound], nested(pa.uint8())))
+    for bad, words in (
+        (None, "is missing: the row has neither bytes nor a path"),
+        ([[[1, 2], [3], [5, 6]]], "is no array: its rows differ in length, or one is missing"),
+        ([[[1, 2], None, [5, 6]]], "is no array: its rows differ in length, or one is missing"),
+        ([[[1, 2], [3, None], [5, 6]]], "is an array of which 1 values are missing (null)"),
+        ([[[1, 2, 3], [3, 4, 5]]], "is an array of shape 1x2x3, of which neither the last nor the first axis is the 2"),
+        ([], "is an array without values"),
+        ([[], []], "is an array without values"),
+    ):
+        message = one_line(lambda bad=bad: read(pa.array([sound, bad], nested(pa.uint8()))))
+        assert "row 1 of " in message and words in message
+    for dtype in (pa.int64(), pa.float32()):
+        for fields in ({}, {"image_column": "pixels"}):
+            message = one_line(lambda dtype=dtype, fields=fields: read(pa.array([sound], nested(dtype)), **fields))
+            name = {"int64": "int64", "float": "float32"}[str(dtype)]
+            assert message.endswith(f"column pixels holds arrays of {name}, not uint8: convert them to 0 .. 255")
+    with pytest.raises(DataError, match=r"column pixels \(data\.image_column\) holds List, not images"):
+        read(pa.array([[1, 2]], pa.list_(pa.uint8())), image_column="pixels")
+
+
+def test_arrays_are_mixed_with_their_like(tmp_path: Path, parquet: Path) -> None:
+    arrays = np.random.default_rng(2).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    one, other = array_set(tmp_path, "arrays", arrays[:4]), array_set(tmp_path, "arrays", arrays[4:])
+    (batch,) = open_data(DataConfig(one, mix=(other,)), (8, 8), 3).batches(0, 0, 1, 6, workers=0)
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), arrays[batch.rows.numpy()])
+    escaped = f"parquet:{glob.escape(str(parquet))}/train-00001*"
+    message = one_line(lambda: open_data(DataConfig(one, mix=(escaped,)), (8, 8), 3))
+    assert "mixed sources need images of one kind" in message
+    data = open_data(DataConfig(one, mix=(escaped,), streaming=True), (8, 8), 3)  # where each has a decoder of its own
+    assert len(next(data.batches(0, 0, 1, 8, workers=0)).images) == 8

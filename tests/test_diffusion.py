@@ -22,6 +22,8 @@ from fastddpm.diffusion import (
     to_diffusers_scheduler,
 )
 from fastddpm.errors import ConfigError
+from fastddpm.objectives import LOSSES
+from fastddpm.schedules import zero_terminal_snr
 from fastddpm_kernels import Stream, draw_normal
 
 HO = NoiseSchedule.from_name("linear", 1000)
@@ -210,7 +212,7 @@ def test_the_config_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         tyro.cli(ProcessConfig, args=["--help"])
     text = capsys.readouterr().out
-    assert all(name in text for name in SCHEDULES) and "Timesteps T" in text
+    assert all(name in text for name in (*SCHEDULES, *LOSSES, "stratified")) and "Timesteps T" in text
     with pytest.raises(SystemExit):
         tyro.cli(ProcessConfig, args=["--schedule", "cosin"])
 
@@ -226,11 +228,48 @@ def test_the_config_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
         ({"num_timesteps": 0}, "num_timesteps is 0"),
         ({"beta_end": 2.0}, "beta_end 2.0"),
         ({"betas": (0.1, 0.2)}, "2 entries"),
+        ({"betas": (0.1, 1.0), "num_timesteps": 2}, "prediction is 'eps' and the last alpha_bar is 0"),
+        ({"loss": "mse"}, "diffusion.loss is 'mse': valid are simple, min_snr, p2, vlb, hybrid"),
+        ({"timesteps": "random"}, "diffusion.timesteps is 'random': valid are uniform, stratified, loss_aware"),
+        ({"dynamic_threshold": 0.0}, "diffusion.dynamic_threshold is 0.0: it must be above 0 and at most 1, or None"),
+        ({"dynamic_threshold": 1.01}, "diffusion.dynamic_threshold is 1.01"),
+        ({"dynamic_threshold": 0.9, "clip": False}, "dynamic_threshold is 0.9 and diffusion.clip off"),
+        ({"dynamic_threshold": 0.9, "clip_range": 2.0}, "dynamic_threshold is 0.9 and diffusion.clip_range 2.0"),
+        ({"min_snr_gamma": 0.0}, "diffusion.min_snr_gamma is 0.0: it must be above 0"),
+        ({"min_snr_gamma": math.nan}, "diffusion.min_snr_gamma is nan"),
+        ({"p2_gamma": -1.0}, "diffusion.p2_gamma is -1.0: it must be at least 0"),
+        ({"p2_k": 0.0}, "diffusion.p2_k is 0.0"),
+        ({"vlb_weight": 0.0}, "diffusion.vlb_weight is 0.0"),
+        ({"huber": 0.0}, "diffusion.huber is 0.0: it must be above 0, or None"),
+        ({"offset_noise": -0.1}, "diffusion.offset_noise is -0.1: it must be at least 0"),
+        ({"label_dropout": 1.0}, "diffusion.label_dropout is 1.0: it must be at least 0 and below 1"),
+        ({"label_dropout": -0.1}, "diffusion.label_dropout is -0.1"),
+        ({"loss": "hybrid"}, "loss is hybrid and diffusion.variance fixed_large: .* needs learned_range"),
+        ({"variance": "learned_range"}, "variance is learned_range and diffusion.loss simple: .*valid are hybrid, vlb"),
+        ({"loss": "vlb", "huber": 0.1}, "huber is 0.1 and diffusion.loss vlb"),
+        ({"loss": "hybrid", "variance": "learned_range", "huber": 0.1}, "huber is 0.1 and diffusion.loss hybrid"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr is set and diffusion.prediction eps: .*valid are v, x_0"),
+        ({"zero_terminal_snr": True, "prediction": "v", "num_timesteps": 1}, "at least 2 timesteps"),
     ],
 )
 def test_wrong_fields_name_the_valid_ones(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         ProcessConfig(**changes).check()
+    assert "\n" not in str(error.value)
+
+
+def test_fields_that_go_together() -> None:
+    for changes in (
+        {"loss": "vlb"},
+        {"loss": "vlb", "variance": "learned_range", "timesteps": "loss_aware"},
+        {"loss": "min_snr", "huber": 0.1, "prediction": "v", "zero_terminal_snr": True, "timesteps": "stratified"},
+        {"loss": "hybrid", "variance": "learned_range", "offset_noise": 0.1, "label_dropout": 0.99},
+        {"dynamic_threshold": 1.0, "loss": "p2", "p2_gamma": 0.0},
+    ):
+        ProcessConfig(**changes).check()
+    process = ProcessConfig(schedule="quadratic", prediction="v", zero_terminal_snr=True)
+    expected = zero_terminal_snr(NoiseSchedule.from_name("quadratic", 1000).beta)
+    assert np.array_equal(process.noise_schedule().beta, expected) and expected[-1] == 1
 
 
 # diffusers
@@ -246,31 +285,37 @@ def scheduler_of(facts: dict[str, Any]) -> Any:
     st.sampled_from(sorted(SCHEDULES)),
     st.sampled_from([1, 2, 19, 50, 1000]),
     st.sampled_from(PREDICTIONS),
-    st.sampled_from(["fixed_small", "fixed_large"]),
+    st.sampled_from(["fixed_small", "fixed_large", "learned_range"]),
+    st.sampled_from([{"clip": False, "clip_range": 1.5}, {"clip_range": 1.5}, {"dynamic_threshold": 0.9}]),
     st.booleans(),
 )
-def test_to_diffusers_and_back(schedule: Any, num_timesteps: int, prediction: Any, variance: Any, clip: bool) -> None:
+def test_to_diffusers_and_back(
+    schedule: Any, num_timesteps: int, prediction: Any, variance: Any, clip: dict[str, Any], pure_noise: bool
+) -> None:
     process = ProcessConfig(
         schedule=schedule,
         num_timesteps=num_timesteps,
         prediction=prediction,
         variance=variance,
-        clip=clip,
-        clip_range=1.5,
+        loss="hybrid" if variance == "learned_range" else "simple",
+        zero_terminal_snr=pure_noise and prediction != "eps" and num_timesteps > 1,
+        **clip,
     )
     facts = to_diffusers_scheduler(process)
     scheduler = scheduler_of(facts)
     table = process.noise_schedule()
     assert {*facts} - {"_class_name"} == {key for key in scheduler.config if not key.startswith("_")}
     beta = scheduler.betas.double().numpy()
-    assert np.allclose(beta, table.beta, rtol=1e-6, atol=2e-8)  # float32 on their side
+    # float32 on their side; rescaling divides neighbours of products of all before.
+    assert np.allclose(beta, table.beta, rtol=1e-6, atol=3e-5 if process.zero_terminal_snr else 2e-8)
     assert scheduler.config.timestep_spacing == "trailing" and scheduler.config.variance_type == variance
-    names = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+    names = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid", "quadratic": "scaled_linear"}
     if num_timesteps >= 50:  # below, the scaled betas are cut, which DDPMScheduler does not know
         assert scheduler.config.beta_schedule == names[schedule] and facts["trained_betas"] is None
     read, tables = from_diffusers_scheduler(facts)
     assert np.allclose(tables.beta, table.beta, rtol=1e-12, atol=0)
-    for name in ("num_timesteps", "prediction", "variance", "clip", "clip_range", "spacing"):
+    same = ("num_timesteps", "prediction", "variance", "clip", "clip_range", "spacing")
+    for name in (*same, "dynamic_threshold", "zero_terminal_snr", "loss"):
         assert getattr(read, name) == getattr(process, name)
     assert np.array_equal(read.noise_schedule().beta, tables.beta)
     if num_timesteps >= 50:
@@ -328,6 +373,35 @@ def test_the_scheduler_of_google_ddpm_cifar10_32() -> None:
     assert np.array_equal(schedule.beta, HO.beta)
 
 
+def test_thresholding_is_diffusers_thresholding() -> None:
+    """What is written thresholds as ours is defined: to the quantile, at least 1, and back to -1 .. 1."""
+    scheduler = scheduler_of(to_diffusers_scheduler(ProcessConfig(dynamic_threshold=0.9)))
+    x_0_hat = 3 * torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x_0_hat[0] *= 0.1
+    scale = x_0_hat.abs().flatten(1).quantile(0.9, dim=1).clamp(min=1)[:, None, None, None]
+    torch.testing.assert_close(scheduler._threshold_sample(x_0_hat), x_0_hat.clamp(-scale, scale) / scale)
+    assert (scale[1:] > 1).all() and scale[0] == 1
+    # With its default largest scale of 1, theirs is plain clipping, and takes the place of the other.
+    process, _ = from_diffusers_scheduler({"thresholding": True, "clip_sample": False})
+    assert process.clip and process.clip_range == 1 and process.dynamic_threshold is None
+
+
+def test_rescaled_foreign_schedulers() -> None:
+    facts = {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
+    for changes in ({}, {"trained_betas": [0.1, 0.2, 0.3]}):
+        process, schedule = from_diffusers_scheduler({**facts, **changes})
+        assert process.zero_terminal_snr and process.schedule == ("linear" if changes else "quadratic")
+        alpha_bar = scheduler_of({**facts, **changes}).alphas_cumprod.double().numpy()
+        assert np.allclose(schedule.alpha_bar, alpha_bar, rtol=2e-4, atol=1e-7) and schedule.alpha_bar[-1] == 0
+
+
 def test_predict_epsilon_of_old_files() -> None:
     assert from_diffusers_scheduler({"predict_epsilon": False})[0].prediction == "x_0"
     assert from_diffusers_scheduler({"predict_epsilon": True})[0].prediction == "eps"
@@ -339,11 +413,11 @@ def test_predict_epsilon_of_old_files() -> None:
         ({"_class_name": "PNDMScheduler"}, "'PNDMScheduler': valid are DDPMScheduler, DDIMScheduler"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'.*linear, scaled_linear"),
         ({"prediction_type": "flow"}, "'flow': valid are epsilon, sample, v_prediction"),
-        ({"variance_type": "learned_range"}, "'learned_range': valid are fixed_small"),
+        ({"variance_type": "learned"}, "'learned': valid are fixed_small"),
         ({"variance_type": "fixed_large_log"}, "'fixed_large_log'"),
         ({"timestep_spacing": "log"}, "'log': valid are trailing"),
-        ({"thresholding": True}, "thresholding = True"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
+        ({"thresholding": True, "sample_max_value": 1.5}, "sample_max_value = 1.5 with thresholding.* 1e.09 or more"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True with prediction_type = 'epsilon'"),
         ({"steps_offset": 1}, "steps_offset = 1"),
         ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one = False"),
         ({"num_train_timesteps": 0}, "num_timesteps is 0"),

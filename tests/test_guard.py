@@ -77,12 +77,13 @@ def test_the_mailbox_gives_each_steps_own_numbers_back() -> None:
         for number in range(1, 6):
             rows = [torch.tensor([number]), torch.tensor([number + 10])]
             parts = [torch.tensor([float(number)]), torch.tensor([number + 0.5])]
-            mailbox.put(number, torch.tensor(number * 2.0), parts, rows)
+            times = [torch.tensor([number * 7]), torch.tensor([2**23 + number])]
+            mailbox.put(number, torch.tensor(number * 2.0), parts, rows, times)
             came += list(mailbox.take())
             assert len(came) == max(0, number - lag)
         came += list(mailbox.take(everything=True))
-        assert [(n.number, n.norm, n.losses.tolist(), n.rows.tolist()) for n in came] == [
-            (i, 2.0 * i, [i, i + 0.5], [i, i + 10]) for i in range(1, 6)
+        assert [(n.number, n.norm, n.losses.tolist(), n.rows.tolist(), n.t.tolist()) for n in came] == [
+            (i, 2.0 * i, [i, i + 0.5], [i, i + 10], [i * 7, 2**23 + i]) for i in range(1, 6)
         ]
 
 

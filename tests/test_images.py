@@ -13,7 +13,7 @@ from PIL import Image
 
 import fastddpm.images
 from fastddpm.errors import ConfigError
-from fastddpm.images import ImageProblem, decode_image, parse_background
+from fastddpm.images import ImageProblem, decode_image, fit_array, parse_background
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -453,3 +453,102 @@ def test_content_that_is_not_in_the_data_is_not_quoted() -> None:
     for data in (b"secret=12345", b"\x01\x02\xff\xfe"):
         with pytest.raises(ImageProblem, match=r"it is not an image but of a format that PIL does not read$"):
             decode_image(data, (5, 7), 3, "exact", quote=False)
+
+
+def test_two_and_four_channels_keep_alpha() -> None:
+    """Gray with alpha and RGBA, straight: the file's own values under transparent pixels too."""
+    alpha = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+    alpha[0, :2] = (0, 255)
+    rgba, la = np.dstack([COLOUR, alpha]), np.dstack([GRAY, alpha])
+    assert np.array_equal(decode(encode(rgba), 4), rgba)
+    assert np.array_equal(decode(encode(la), 2), la)
+    assert np.array_equal(decode(encode(la), 4), np.dstack([GRAY, GRAY, GRAY, alpha]))
+    gray = decode(encode(rgba), 2)
+    assert np.array_equal(gray[..., 1], alpha) and np.array_equal(gray[..., :1], decode(encode(COLOUR), 1))
+    for background in (None, (9, 8, 7)):  # which is for models without alpha
+        assert np.array_equal(decode(encode(rgba), 4, background=background), rgba)
+
+
+def test_files_without_alpha_are_opaque_in_two_and_four_channels() -> None:
+    for image in (COLOUR, GRAY, Image.fromarray(COLOUR).convert("CMYK"), Image.fromarray(GRAY).convert("P")):
+        data = encode(image, "TIFF")
+        for channels in (2, 4):
+            pixels = decode(data, channels)
+            assert (pixels[..., -1] == 255).all() and np.array_equal(pixels[..., :-1], decode(data, channels - 1))
+
+
+def test_16_bits_of_alpha_are_rounded_and_transparent_colours_are_alpha() -> None:
+    for channels in (2, 4):
+        values = RNG.integers(0, 2**16, (5, 7, channels), dtype=np.uint16)
+        values[0, :3, -1] = (0, 128, 129)
+        expected = np.floor(values / 257 + 0.5).astype(np.uint8)
+        assert np.array_equal(decode(png_16(values), channels), expected)
+    key = chunk(b"tRNS", struct.pack(">HHH", *values[1, 2, :3]))
+    keyed = decode(png_16(values[..., :3], key), 4)
+    assert np.array_equal(keyed[..., :3], expected[..., :3])
+    assert keyed[1, 2, 3] == 0 and (keyed[..., 3] == 0).sum() == 1 and (keyed[..., 3] == 255).sum() == 34
+    colour = tuple(int(v) for v in COLOUR[2, 3])
+    assert decode(encode(Image.fromarray(COLOUR), transparency=colour), 4)[2, 3].tolist() == [*colour, 0]
+
+
+def test_scaling_weights_colours_by_alpha() -> None:
+    """A red disc on transparent green stays red to its rim; colours scaled by themselves would bleed."""
+    y, x = np.mgrid[0:40, 0:40]
+    inside = (y - 19.5) ** 2 + (x - 19.5) ** 2 < 15**2
+    rgba = np.where(inside[..., None], (255, 0, 0, 255), (0, 255, 0, 0)).astype(np.uint8)
+    small = decode(encode(rgba), 4, (10, 10), "resize")
+    seen = small[..., 3] > 8
+    assert 20 < seen.sum() < 100 and (small[seen][:, 0] >= 250).all() and (small[seen][:, 1] <= 5).all()
+    assert len(np.unique(small[..., 3])) > 4  # the rim is antialiased
+
+
+def test_image_files_have_up_to_four_channels() -> None:
+    for channels in (5, 12):
+        with pytest.raises(ImageProblem, match=rf"the model takes {channels}: store arrays of uint8"):
+            decode(encode(COLOUR), channels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_arrays_are_taken_with_their_channels_last_or_first(channels: int) -> None:
+    values = RNG.integers(0, 256, (5, 7, channels), dtype=np.uint8)
+    for given in (values, values.transpose(2, 0, 1), np.asfortranarray(values)):
+        pixels = fit_array(given, (5, 7), channels, "exact")
+        assert pixels.flags.c_contiguous and pixels.dtype == np.uint8 and np.array_equal(pixels, values)
+    assert np.array_equal(fit_array(values[..., 0], (5, 7), 1, "exact"), values[..., :1])
+
+
+def test_an_axis_that_may_be_either_is_told_by_the_size_or_refused() -> None:
+    values = RNG.integers(0, 256, (3, 7, 3), dtype=np.uint8)
+    assert np.array_equal(fit_array(values, (3, 7), 3, "exact"), values)
+    assert np.array_equal(fit_array(values, (7, 3), 3, "exact"), values.transpose(1, 2, 0))
+    with pytest.raises(ImageProblem, match=r"shape 3x7x3, whose 3 channels may be the first axis or the last"):
+        fit_array(values, (6, 6), 3, "resize")
+    with pytest.raises(ImageProblem, match=r"shape 4x4x4, whose 4 channels may be"):
+        fit_array(np.zeros((4, 4, 4), np.uint8), (4, 4), 4, "exact")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.zeros((5, 7, 2), np.float32), r"is an array of float32: convert it to uint8"),
+        (np.zeros((5, 7, 2), np.int64), r"is an array of int64: convert"),
+        (np.zeros((5, 7, 3), np.uint8), r"shape 5x7x3, of which neither the last nor the first axis is the 2 channels"),
+        (np.zeros((5, 7), np.uint8), r"shape 5x7, of which neither .* the 2 channels"),
+        (np.zeros((5,), np.uint8), r"shape 5: valid is \[H, W, C\], \[C, H, W\] or \[H, W\]"),
+        (np.zeros((0, 7, 2), np.uint8), r"shape 0x7x2: valid is"),
+        (np.zeros((6, 7, 2), np.uint8), r"is 7x6 pixels \(width x height\), the model takes 7x5: choose data\.fit"),
+    ],
+)
+def test_arrays_that_cannot_be_used(values: np.ndarray, words: str) -> None:
+    with pytest.raises(ImageProblem, match=words):
+        fit_array(values, (5, 7), 2, "exact")
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop", "resize_crop"])
+def test_channels_of_arrays_are_scaled_as_those_of_files(fit: Any) -> None:
+    colour = RNG.integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    expected = decode(encode(colour), 3, (8, 9), fit)
+    assert np.array_equal(fit_array(colour, (8, 9), 3, fit), expected)
+    more = np.concatenate([colour, colour[..., ::-1], 255 - colour[..., :1]], axis=2)
+    scaled = fit_array(more, (8, 9), 7, fit)
+    assert np.array_equal(scaled[..., :3], expected) and np.array_equal(scaled[..., 5], expected[..., 0])

@@ -12,7 +12,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from kernel_checks import DEVICE, check_close, check_op, in_float64, one_sample, outputs
+from kernel_checks import DEVICE, check_close, check_op, in_float64, of_tensors, one_sample, outputs
 
 import fastddpm_kernels as fk
 from fastddpm_kernels import OPS, Case, Op, Stream, launch, philox
@@ -80,7 +80,10 @@ def test_golden_normals(impl: str) -> None:
 
 def test_stream_layout_is_frozen() -> None:
     assert fk.STREAM_VERSION == 0
-    assert {s.name: int(s) for s in Stream} == {"EPS": 1, "TIMESTEP": 2, "FLIP": 3, "DROPOUT": 4, "X_T": 5, "Z": 6}
+    names = ("EPS", "TIMESTEP", "FLIP", "DROPOUT", "X_T", "Z", "OFFSET", "LABEL", "SELF_CONDITION", "AUGMENT")
+    assert [(s.name, int(s)) for s in Stream] == list(
+        zip((*names, "RENOISE", "BOUND", "PROBE"), range(1, 14), strict=True)
+    )
     assert fk.stream_tag(Stream.DROPOUT, 0x1234) == 0x123404
     for kind, layer in ((256, 0), (1, 65536), (1, -1)):
         with pytest.raises(ValueError, match="stream kind"):
@@ -203,11 +206,11 @@ def test_inputs_with_gaps(op: Op, variant: str, impl: str) -> None:
     for channels_last in (False, True):
         wide = op.example(Case((4, 3, 6, 16), op.dtypes[0], channels_last, DEVICE, variant))
         sliced, dense = dict(wide, impl=impl), dict(wide, impl=impl)
+        kept = torch.channels_last if channels_last else torch.contiguous_format
         for name, value in wide.items():
             if name in PER_SAMPLE_IMAGES:
-                sliced[name] = value[::2, :, 1:, ::2]
-                kept = torch.channels_last if channels_last else torch.contiguous_format
-                dense[name] = sliced[name].clone(memory_format=kept)
+                sliced[name] = of_tensors(lambda x: x[::2, :, 1:, ::2], value)
+                dense[name] = of_tensors(lambda x: x.clone(memory_format=kept), sliced[name])  # noqa: B023
             elif isinstance(value, torch.Tensor) and value.shape[:1] == (4,):
                 sliced[name] = value[::2]
                 dense[name] = sliced[name].clone()
@@ -217,7 +220,7 @@ def test_inputs_with_gaps(op: Op, variant: str, impl: str) -> None:
             assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-PER_SAMPLE_IMAGES = ("x_0", "prediction", "x_t", "x")
+PER_SAMPLE_IMAGES = ("x_0", "prediction", "x_t", "x", "history", "guide", "variance", "noise")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -462,9 +465,39 @@ def bad_calls() -> dict[str, tuple[str, Any, type[Exception], str]]:
         "x_0 shape": ("diffusion_loss", {"target": "v", "x_0": torch.zeros(2, 1, 4, 4)}, ValueError, "must match"),
         "weights": ("diffusion_loss", {"weights": torch.ones(1)}, ValueError, "weights must have shape"),
         "scale": ("diffusion_loss_and_grad", {"grad_scale": torch.ones(2)}, ValueError, "must hold one element"),
-        "history": ("reverse_step", {"history": torch.zeros(2, 3, 4, 4)}, ValueError, "reserved"),
+        "uniform num": ("draw_uniform", {"num": 0}, ValueError, "num must be in"),
+        "uniform stream": ("draw_uniform", {"stream": -1}, ValueError, "stream must be in"),
+        "huber": ("diffusion_loss", {"huber": 0.0}, ValueError, "huber must be None or finite"),
+        "huber infinite": ("diffusion_loss_and_grad", {"huber": math.inf}, ValueError, "huber must be None or finite"),
         "row": ("reverse_step", {"row": torch.tensor(1.0)}, ValueError, "row must be one int64"),
-        "columns": ("reverse_step", {"coefficients": torch.zeros(5, 7)}, ValueError, r"must be \[S, 8\]"),
+        "columns": (
+            "reverse_step",
+            {"coefficients": torch.zeros(5, 8)},
+            ValueError,
+            r"must be \[S, 20\], got \(5, 8\)",
+        ),
+        "history": ("reverse_step", {"history": torch.zeros(2, 3, 4, 4)}, ValueError, "tuple of at most 2 tensors"),
+        "long history": ("reverse_step", {"history": (torch.zeros(2, 3, 4, 4),) * 3}, ValueError, "tensors, got 3"),
+        "history shape": (
+            "reverse_step",
+            {"history": (torch.zeros(2, 3, 4, 5),)},
+            ValueError,
+            r"history\[0\] .*match x_t",
+        ),
+        "history dtype": (
+            "reverse_step",
+            {"history": (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).half())},
+            ValueError,
+            r"history\[1\] must be float32",
+        ),
+        "guide": ("reverse_step", {"guide": torch.zeros(1, 3, 4, 4)}, ValueError, "guide .* must match x_t"),
+        "variance": ("reverse_step", {"variance": torch.zeros(2, 6, 4, 4)}, ValueError, "variance .* must match x_t"),
+        "noise": (
+            "reverse_step",
+            {"noise": torch.zeros(2, 3, 4, 4).long()},
+            ValueError,
+            "noise must be floating point",
+        ),
         "p": ("dropout", {"p": 1.0}, ValueError, "must be in"),
         "layer": ("dropout", {"layer": 65536}, ValueError, "layer"),
         "x": ("dropout", {"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, ValueError, "floating point"),

@@ -27,6 +27,9 @@ CEILINGS = {
     "loss eps, nchw: _diffusion_loss_kernel": 27,
     "reverse step, nhwc: _reverse_step_kernel": 32,
     "reverse step, nchw: _reverse_step_kernel": 32,
+    "reverse step, guided, nhwc: _reverse_step_kernel": 34.4,
+    "reverse step, learned range, nhwc: _reverse_step_kernel": 36.9,
+    "reverse step, history, noiseless, nhwc: _reverse_step_kernel": 14.5,  # 3 of them make the next history
     "norm 128@32x32, forward: _group_norm_kernel": 21.5,
     "norm 128@32x32, backward: _group_norm_backward_kernel": 40,
     "norm 192@64x64, forward: _statistics_kernel": 10,
@@ -34,8 +37,11 @@ CEILINGS = {
     "norm 192@64x64, backward: _backward_sums_kernel": 20,
     "norm 192@64x64, backward: _backward_apply_kernel": 20,
 }
-# Kernels whose time is their launch: one or two values a thread.
-SMALL = ("_draw_timesteps_kernel", "_sum_tiles_kernel", "_merge_statistics_kernel", "_merge_sums_kernel")
+# Kernels whose time is their launch: a few values a thread.
+SMALL = (
+    *("_draw_timesteps_kernel", "_draw_uniform_kernel"),
+    *("_sum_tiles_kernel", "_merge_statistics_kernel", "_merge_sums_kernel"),
+)
 
 
 def compile_all() -> str:

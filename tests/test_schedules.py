@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastddpm.errors import ConfigError
-from fastddpm.schedules import PREDICTIONS, SCHEDULES, NoiseSchedule
+from fastddpm.schedules import PREDICTIONS, SCHEDULES, NoiseSchedule, zero_terminal_snr
 
 NAMES = sorted(SCHEDULES)
 HO = NoiseSchedule.from_name("linear", 1000)
@@ -91,7 +91,8 @@ def test_a_planted_bug_fails_the_tables(bug: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("sigmoid", "sigmoid")]
+    "name, theirs",
+    [("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("sigmoid", "sigmoid"), ("quadratic", "scaled_linear")],
 )
 def test_schedules_against_diffusers(name: str, theirs: str) -> None:
     diffusers = pytest.importorskip("diffusers")
@@ -102,7 +103,8 @@ def test_schedules_against_diffusers(name: str, theirs: str) -> None:
             continue  # beta_end would be 2: ours is cut, theirs is not a variance
         scheduler = diffusers.DDPMScheduler(num_train_timesteps=num_timesteps, beta_schedule=theirs, **options)
         # Theirs is float32: an ulp or two per beta, subtraction and product, carried along by the product.
-        bound = np.cumsum(2.0**-24 * (4 + 4 * schedule.beta / schedule.alpha))
+        # The square of a root doubles the root's errors.
+        bound = np.cumsum(2.0**-24 * (4 + (8 if name == "quadratic" else 4) * schedule.beta / schedule.alpha))
         error = np.abs(scheduler.alphas_cumprod.double().numpy() / schedule.alpha_bar - 1)
         assert (error <= bound).all(), f"T = {num_timesteps}: {(error / bound).max():.2f} of the float32 bound"
 
@@ -116,8 +118,8 @@ def test_facts_of_the_papers() -> None:
     assert NoiseSchedule.from_name("cosine", 1000).beta.max() == 0.999
 
 
-def test_linear_and_sigmoid_do_not_depend_on_t_but_for_resolution() -> None:
-    for name in ("linear", "sigmoid"):
+def test_scaled_schedules_do_not_depend_on_t_but_for_resolution() -> None:
+    for name in ("linear", "sigmoid", "quadratic"):
         ends = [math.log(NoiseSchedule.from_name(name, n).alpha_bar[-1]) for n in (200, 1000, 4000)]
         assert max(ends) - min(ends) < 0.1 * abs(ends[1]), (name, ends)
 
@@ -174,11 +176,16 @@ def test_variances() -> None:
         (lambda: NoiseSchedule.from_name("linear", 1000, beta_end=0.9), "alpha_bar falls to"),
         (lambda: NoiseSchedule([]), "shape"),
         (lambda: NoiseSchedule([[0.1]]), "shape"),
-        (lambda: NoiseSchedule([0.1, 1.0]), "index 1 is 1.0"),
+        (lambda: NoiseSchedule([1.0, 0.1]), "index 0 is 1.0"),
+        (lambda: NoiseSchedule([0.1, 1.5]), "index 1 is 1.5"),
+        (lambda: NoiseSchedule([0.99] * 40 + [1.0]), "alpha_bar falls to 1e-80"),
+        (lambda: zero_terminal_snr([0.1]), "at least 2 timesteps"),
+        (lambda: NoiseSchedule([0.1, 1.0]).check_prediction("eps"), "the last alpha_bar is 0.*valid are v, x_0"),
+        (lambda: NoiseSchedule([0.1, 1.0]).predict_x_0(torch.zeros(1), 0, torch.zeros(1)), "the last alpha_bar is 0"),
         (lambda: NoiseSchedule([0.1, -0.1]), "index 1 is -0.1"),
         (lambda: NoiseSchedule([1e-20]), "index 0 is 1e-20"),
         (lambda: NoiseSchedule([float("nan")]), "index 0 is nan"),
-        (lambda: HO.variance("learned"), "learned.*fixed_small, fixed_large"),
+        (lambda: HO.variance("learned_range"), "learned_range.*fixed_small, fixed_large"),
         (lambda: HO.predict_x_0(torch.zeros(1), 0, torch.zeros(1), "epsilon"), "epsilon.*eps, x_0, v"),
     ],
 )
@@ -186,6 +193,59 @@ def test_wrong_values_name_the_valid_ones(make: Callable[[], object], message: s
     with pytest.raises(ConfigError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+# Zero terminal SNR
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 30, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_terminal_snr_is_algorithm_1(name: str, num_timesteps: int) -> None:
+    ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+    plain = NoiseSchedule.from_name(name, num_timesteps)
+    betas = zero_terminal_snr(plain.beta)
+    theirs = ddpm.rescale_zero_terminal_snr(torch.tensor(plain.beta)).numpy()
+    # Both take 1 - alpha: its rounding is that of numbers near 1.
+    assert np.allclose(betas, theirs, rtol=1e-9, atol=4e-16)
+    schedule = NoiseSchedule(betas)
+    root, before = schedule.sqrt_alpha_bar, plain.sqrt_alpha_bar
+    assert root[-1] == schedule.snr[-1] == 0 and root[0] == pytest.approx(before[0], rel=1e-15)
+    # Affine in sqrt(alpha_bar): what lies between moves in proportion.
+    affine = before[0] * (before - before[-1]) / (before[0] - before[-1])
+    assert np.allclose(root, affine, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_of_pure_noise_are_finite_and_right(name: str) -> None:
+    schedule = NoiseSchedule(zero_terminal_snr(NoiseSchedule.from_name(name, 40).beta))
+    check_tables(schedule)
+    for table in schedule.TABLES:
+        assert np.isfinite(schedule.table(table).numpy()).all(), table
+    check_posterior(schedule, last=39)
+    # Given x_0, pure noise says nothing: q(x_{T-2} | x_{T-1}, x_0) = q(x_{T-2} | x_0).
+    x_0, x_t = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[-1.9]], dtype=torch.float64)
+    mean, variance = schedule.q_posterior(x_0, x_t, 39)
+    q_mean, q_variance = schedule.q_mean_variance(x_0, 38)
+    torch.testing.assert_close(mean, q_mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(variance, q_variance, rtol=1e-12, atol=0)
+    for kind in ("fixed_small", "fixed_large"):
+        check_bound(schedule, 0.4, kind)
+
+
+def test_a_planted_bug_fails_zero_terminal_snr() -> None:
+    """alpha_bar shifted in place of its root: the ends are right, the betas between are not."""
+    alpha_bar = HO.alpha_bar
+    wrong = (alpha_bar - alpha_bar[-1]) * (alpha_bar[0] / (alpha_bar[0] - alpha_bar[-1]))
+    assert not np.allclose(np.append(HO.beta[0], 1 - wrong[1:] / wrong[:-1]), zero_terminal_snr(HO.beta), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["x_0", "v"])
+def test_pure_noise_can_be_predicted_from(kind: str) -> None:
+    schedule = NoiseSchedule(zero_terminal_snr(HO.beta))
+    x_0, eps = torch.randn(2, 1, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prediction = {"x_0": x_0, "v": -x_0}[kind]  # v = 0 eps - 1 x_0
+    torch.testing.assert_close(schedule.predict_x_0(eps, 999, prediction, kind), x_0)
+    torch.testing.assert_close(schedule.predict_eps(eps, 999, prediction, kind), eps)
 
 
 # The derivation
@@ -204,12 +264,12 @@ def test_the_closed_form_is_the_chain(name: str) -> None:
         assert float(q_variance) == pytest.approx(variance, rel=1e-11)
 
 
-def check_posterior(schedule: NoiseSchedule) -> None:
+def check_posterior(schedule: NoiseSchedule, last: int | None = None) -> None:
     """q(x_{t-1} | x_t, x_0) against q(x_t | x_{t-1}) q(x_{t-1} | x_0) on a grid; only the betas are taken on trust.
 
     The trapezoid rule is exact to rounding for a Gaussian sampled three times per standard deviation over +-12 of them.
     """
-    for t in range(1, schedule.num_timesteps):
+    for t in range(1, last or schedule.num_timesteps):
         beta = float(schedule.beta[t])
         alpha_bar_prev = math.prod(1 - float(b) for b in schedule.beta[:t])
         for x_0, x_t in ((0.8, 0.5), (-0.9, 1.3)):

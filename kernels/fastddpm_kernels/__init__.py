@@ -7,12 +7,16 @@ from ._triton import HAS_TRITON
 from .draws import (
     DRAW_NORMAL,
     DRAW_TIMESTEPS,
+    DRAW_UNIFORM,
     draw_normal,
     draw_normal_reference,
     draw_normal_triton,
     draw_timesteps,
     draw_timesteps_reference,
     draw_timesteps_triton,
+    draw_uniform,
+    draw_uniform_reference,
+    draw_uniform_triton,
 )
 from .dropout import DROPOUT, dropout, dropout_reference, dropout_triton
 from .group_norm import (
@@ -40,6 +44,7 @@ from .native import native_available
 from .noising import ADD_NOISE, add_noise, add_noise_reference, add_noise_triton
 from .ops import Case, Op
 from .philox import STREAM_VERSION, Stream, philox_words, stream_tag
+from .reverse import COLUMNS as REVERSE_COLUMNS
 from .reverse import REVERSE_STEP, reverse_step, reverse_step_reference, reverse_step_triton
 
 OPS: dict[str, Op] = {
@@ -47,6 +52,7 @@ OPS: dict[str, Op] = {
     for op in (
         DRAW_TIMESTEPS,
         DRAW_NORMAL,
+        DRAW_UNIFORM,
         ADD_NOISE,
         DIFFUSION_LOSS,
         DIFFUSION_LOSS_AND_GRAD,
@@ -60,6 +66,7 @@ OPS: dict[str, Op] = {
 __all__ = [
     "HAS_TRITON",
     "OPS",
+    "REVERSE_COLUMNS",
     "STREAM_VERSION",
     "TARGETS",
     "Case",
@@ -80,6 +87,9 @@ __all__ = [
     "draw_timesteps",
     "draw_timesteps_reference",
     "draw_timesteps_triton",
+    "draw_uniform",
+    "draw_uniform_reference",
+    "draw_uniform_triton",
     "dropout",
     "dropout_reference",
     "dropout_triton",

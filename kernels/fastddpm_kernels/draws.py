@@ -1,4 +1,4 @@
-"""draw_timesteps and draw_normal: the addressable draws that stand alone (timesteps, flips, x_T)."""
+"""draw_timesteps, draw_normal and draw_uniform: the addressable draws that stand alone (timesteps, flips, x_T, ...)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ._dispatch import check_per_sample, resolve_impl
 from ._triton import interpreting, tl, triton
 from .launch import LAUNCH, on_device, seed_words, signed_word, tiles_of
 from .ops import Case, Kwargs, Op, example_ordinals
-from .philox import MASK, Stream, normals_reference, philox_grid, split_ordinals, split_seed, stream_tag
-from .tiles import TWO_LN_2, normals, philox, split_ordinal, store_group
+from .philox import CHUNK_QUADS, MASK, Stream, normals_reference, philox_grid, split_ordinals, split_seed, stream_tag
+from .tiles import TWO_LN_2, join_4, normals, philox, split_ordinal, store_group
 
 TIMESTEP_TAG = tl.constexpr(stream_tag(Stream.TIMESTEP))
 FLIP_TAG = tl.constexpr(stream_tag(Stream.FLIP))
@@ -78,6 +78,31 @@ def _draw_normal_kernel(
             store_group(
                 out_ptr, groups, groups * SIZE < C * PLANE, values, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN
             )
+
+
+@triton.jit(do_not_specialize=["tag", "seed_low", "seed_high"])
+def _draw_uniform_kernel(
+    ordinals_ptr,  # [N] int64
+    out_ptr,  # [N, NUM]
+    tag,
+    seed_low,
+    seed_high,
+    NUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    tile = tl.program_id(0) % TILES
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    c1, c2 = split_ordinal(tl.load(ordinals_ptr + n))
+    c3 = tag.to(tl.uint32, bitcast=True)
+    key_0 = seed_low.to(tl.uint32, bitcast=True)
+    key_1 = seed_high.to(tl.uint32, bitcast=True)
+    quads = tile * BLOCK + tl.arange(0, BLOCK)
+    word_0, word_1, word_2, word_3 = philox(quads.to(tl.uint32), c1, c2, c3, key_0, key_1)
+    words = join_4(word_0, word_1, word_2, word_3, BLOCK)
+    elements = quads[:, None] * 4 + tl.arange(0, 4)[None, :]
+    # 24 bits are a float without rounding: 1 is never reached.
+    tl.store(out_ptr + n * NUM + elements, (words >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=elements < NUM)
 
 
 def draw_timesteps(
@@ -214,6 +239,66 @@ def draw_normal_triton(
     return out
 
 
+def draw_uniform(ordinals: Tensor, num: int, *, seed: int, stream: int, impl: str | None = None) -> Tensor:
+    """Uniform numbers fp32 [N, num] in [0, 1), addressed by (seed, stream, ordinal, element).
+
+    Element 4 q + k is the top 24 bits of word k of quad q: (word >> 8) 2^-24, the same on every device. ordinals:
+    int64 [N]; num in [1, 2^30]; stream: a `Stream` (or a whole `stream_tag`). No gradients. Raises ValueError for
+    arguments out of shape or range.
+    """
+    check_ordinals("ordinals", ordinals)
+    split_seed(seed)
+    if not 1 <= num <= 2**30:
+        raise ValueError(f"num must be in [1, 2^30], got {num}")
+    if not 0 <= int(stream) <= MASK:
+        raise ValueError(f"stream must be in [0, 2^32), got {stream}")
+    return _draw_uniform_op(ordinals, num, seed, int(stream), resolve_impl(impl, ordinals.device))
+
+
+def draw_uniform_reference(ordinals: Tensor, num: int, *, seed: int, stream: int) -> Tensor:
+    """`draw_uniform` in plain torch."""
+    if ordinals.device.type == "mps":  # the words must agree bit for bit: made where int64 products are known to
+        return draw_uniform_reference(ordinals.cpu(), num, seed=seed, stream=stream).to(ordinals.device)
+    key, (c1, c2) = split_seed(seed), split_ordinals(ordinals)
+    num_quads = -(-num // 4)
+    out = torch.empty(ordinals.shape[0], num_quads, 4, device=ordinals.device, dtype=torch.float32)
+    samples_step = max(1, CHUNK_QUADS // num_quads)
+    for quad in range(0, num_quads, CHUNK_QUADS):
+        quads = torch.arange(quad, min(quad + CHUNK_QUADS, num_quads), device=ordinals.device)
+        for sample in range(0, ordinals.shape[0], samples_step):
+            samples = slice(sample, sample + samples_step)
+            even, odd = philox_grid(key, quads, c1[samples], c2[samples], int(stream))
+            block = out[samples, quad : quad + CHUNK_QUADS]
+            size = block.shape[0] * block.shape[1]
+            for word, row in enumerate((even[0], odd[1], even[1], odd[0])):
+                block[..., word] = (row[:size] >> 8).view(block.shape[:2])
+    flat = out.mul_(2.0**-24).view(ordinals.shape[0], num_quads * 4)
+    return flat[:, :num].clone(memory_format=torch.contiguous_format)
+
+
+def draw_uniform_triton(ordinals: Tensor, num: int, *, seed: int, stream: int) -> Tensor:
+    """`draw_uniform` as one Triton launch."""
+    out = torch.empty(ordinals.shape[0], num, device=ordinals.device, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    num_quads = -(-num // 4)
+    whole = 1 << (num_quads - 1).bit_length()
+    block = whole if interpreting() else min(64, whole)
+    num_tiles = -(-num_quads // block)
+    with on_device(out):
+        _draw_uniform_kernel[(ordinals.shape[0] * num_tiles,)](
+            ordinals.contiguous(),
+            out,
+            signed_word(int(stream)),
+            *seed_words(seed),
+            NUM=num,
+            BLOCK=block,
+            TILES=num_tiles,
+            **LAUNCH,
+        )
+    return out
+
+
 def images_of_normals(normals: Tensor, shape: tuple[int, int, int], channels_last: bool) -> Tensor:
     """Dense [N, C, H, W] of normals [N, C H W] given in element order (H, W, C)."""
     num_channels, height, width = shape
@@ -280,6 +365,17 @@ def _(
     )
 
 
+@torch.library.custom_op("fastddpm_kernels::draw_uniform", mutates_args=())
+def _draw_uniform_op(ordinals: Tensor, num: int, seed: int, stream: int, impl: str) -> Tensor:
+    function = draw_uniform_triton if impl == "triton" else draw_uniform_reference
+    return function(ordinals, num, seed=seed, stream=stream)
+
+
+@_draw_uniform_op.register_fake
+def _(ordinals: Tensor, num: int, seed: int, stream: int, impl: str) -> Tensor:
+    return torch.empty(ordinals.shape[0], num, device=ordinals.device, dtype=torch.float32)
+
+
 def _example_timesteps(case: Case) -> Kwargs:
     return {"ordinals": example_ordinals(case), "num_timesteps": 1000, "seed": 2**62 + case.seed}
 
@@ -293,6 +389,15 @@ def _example_normal(case: Case) -> Kwargs:
         "step": 999 if case.variant == "z" else None,
         "channels_last": case.channels_last,
         "dtype": case.dtype,
+    }
+
+
+def _example_uniform(case: Case) -> Kwargs:
+    return {
+        "ordinals": example_ordinals(case),
+        "num": case.shape[1] * case.shape[2] * case.shape[3],
+        "seed": 2**62 + case.seed,
+        "stream": stream_tag(Stream.AUGMENT),
     }
 
 
@@ -312,4 +417,12 @@ DRAW_NORMAL = Op(
     _example_normal,
     ("x_T", "z"),
     (torch.float32, torch.bfloat16, torch.float16),
+)
+DRAW_UNIFORM = Op(
+    "draw_uniform",
+    draw_uniform,
+    draw_uniform_reference,
+    draw_uniform_triton,
+    _example_uniform,
+    ("",),
 )

@@ -21,6 +21,9 @@ MAX_GROUP = 48  # elements a thread holds at once; more would spill
 # fifth of the instructions at 8) as far as they matter; unrolling everything would compile for 4 s instead of 0.6.
 ELEMENTS_PER_PASS = 32
 ELEMENTS_PER_THREAD = 64
+# With more tensors to read than this a pass is half as long: the reverse step with guidance, learned variance and two
+# of history would need 254 registers a thread, and so needs 130 and no more instructions.
+MOST_READ = 4
 INLINE_ASM = os.environ.get("FASTDDPM_INLINE_ASM", "1") != "0"  # False: the code of other GPUs on NVIDIA's too
 # In the interpreter a program costs 15 ms whatever its size: a tile is then the whole sample, unless a test sets this.
 INTERPRETER_GROUPS: int | None = None
@@ -53,13 +56,15 @@ def tiles(
     item_bytes: int,
     *,
     flip: bool = False,
+    num_read: int = 1,
     fast: bool = True,
     threads: int = WARP,
     interpreter: bool = False,
 ) -> Tiles:
     """Cut samples of shape (C, H, W) whose widest tensor has items of item_bytes.
 
-    A run of PIXELS elements is at most 16 bytes in every tensor: then a thread's run is one load or store.
+    A run of PIXELS elements is at most 16 bytes in every tensor: then a thread's run is one load or store. num_read:
+    how many tensors of the samples' size a pass holds in registers.
     """
     num_channels, height, width = shape
     size = num_channels * height * width
@@ -80,7 +85,7 @@ def tiles(
     whole = 1 << max(0, num_groups - 1).bit_length()
     groups = (INTERPRETER_GROUPS or whole) if interpreter else threads
     num_blocks = max(1, -(-num_groups // groups))
-    unroll = _largest_divisor(num_blocks, ELEMENTS_PER_PASS // group)
+    unroll = _largest_divisor(num_blocks, ELEMENTS_PER_PASS // (group if num_read <= MOST_READ else 2 * group))
     blocks = _largest_divisor(num_blocks // unroll, ELEMENTS_PER_THREAD // (group * unroll))
     return Tiles(
         C=num_channels,
@@ -102,13 +107,14 @@ def _largest_divisor(number: int, most: int) -> int:
     return max(d for d in range(1, max(1, most) + 1) if number % d == 0)
 
 
-def tiles_of(x: Tensor, item_bytes: int, *, flip: bool = False) -> Tiles:
+def tiles_of(x: Tensor, item_bytes: int, *, flip: bool = False, num_read: int = 1) -> Tiles:
     """`tiles` for x [N, C, H, W] as it lies on its device."""
     return tiles(
         (x.shape[1], x.shape[2], x.shape[3]),
         is_channels_last(x),
         item_bytes,
         flip=flip,
+        num_read=num_read,
         fast=is_fast(x.device),
         threads=WARP if torch.version.hip is None else WAVEFRONT,
         interpreter=interpreting(),

@@ -1,9 +1,13 @@
 """diffusion_loss: weights[n] mean((prediction - target)^2) per sample, the noise drawn again instead of stored.
 
 Targets: eps (DDPM eq. 14), x_0, and v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022).
+huber = c takes 2 c (sqrt(d^2 + c^2) - c) in place of the square of an error d: d^2 near 0, 2 c |d| far from it
+(pseudo-Huber, Charbonnier et al. 1997; Song and Dhariwal 2023 eq. 7).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -23,6 +27,7 @@ from .noising import check_noise_arguments, eps_of, normalised
 from .ops import Case, Kwargs, Op, example_flip, example_floats, example_images, example_schedule
 
 TARGETS = ("eps", "x_0", "v")
+LEAST_HUBER = 1e-6  # below it (d / c)^2 nears the end of fp32, and the error is 2 c |d| to the last bit long before
 
 
 def diffusion_loss(
@@ -37,20 +42,24 @@ def diffusion_loss(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Per-sample losses fp32 [N]: weights[n] times the mean over elements of (prediction - target)^2.
 
     prediction [N, C, H, W] floating point, any strides. t, ordinals, the tables, seed, x_0 and flip as `add_noise` was
     given them; x_0 and flip are needed by the targets "x_0" and "v" only. weights fp32 [N] or None (ones).
+    huber: None, or the c > 0 of the pseudo-Huber error 2 c (sqrt(d^2 + c^2) - c) that then stands for d^2.
     Differentiable in prediction, once. A sample's loss does not depend on its batch. `diffusion_loss_and_grad` gives
     the gradient in the same pass over the data. Raises ValueError for arguments out of shape or dtype.
     """
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
-    x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
+    x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights, huber)
     impl = resolve_impl(impl, prediction.device)
     check_precision(impl, prediction, x_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
-    return _diffusion_loss_op(prediction, t, ordinals, *tables, None, seed, target, x_0, flip, weights, True, impl)[0]
+    return _diffusion_loss_op(
+        prediction, t, ordinals, *tables, None, seed, target, x_0, flip, weights, huber, True, impl
+    )[0]
 
 
 def diffusion_loss_and_grad(
@@ -66,6 +75,7 @@ def diffusion_loss_and_grad(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`diffusion_loss` and the gradient of grad_scale * losses.sum() with respect to prediction, in one pass.
@@ -76,11 +86,13 @@ def diffusion_loss_and_grad(
     Neither result carries a gradient. Raises ValueError for arguments out of shape or dtype.
     """
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
-    x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights)
+    x_0, flip = _check(prediction, t, ordinals, *tables, seed, target, x_0, flip, weights, huber)
     impl = resolve_impl(impl, prediction.device)
     check_precision(impl, prediction, x_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     scale, prediction = _scale_tensor(grad_scale, prediction), prediction.detach()
-    return _diffusion_loss_op(prediction, t, ordinals, *tables, scale, seed, target, x_0, flip, weights, True, impl)
+    return _diffusion_loss_op(
+        prediction, t, ordinals, *tables, scale, seed, target, x_0, flip, weights, huber, True, impl
+    )
 
 
 def diffusion_loss_reference(
@@ -95,10 +107,12 @@ def diffusion_loss_reference(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
 ) -> Tensor:
     """`diffusion_loss` in plain torch, differentiable by autograd: what the ops' own gradients are tested against."""
     goal = _goal(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, target, x_0, flip)
-    losses = (prediction.to(goal.dtype) - goal).square().mean(dim=(1, 2, 3))
+    error = prediction.to(goal.dtype) - goal
+    losses = (error.square() if huber is None else _pseudo_huber(error, huber)).mean(dim=(1, 2, 3))
     return losses if weights is None else losses * weights
 
 
@@ -114,11 +128,22 @@ def diffusion_loss_triton(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
 ) -> Tensor:
     """The losses of `diffusion_loss` as one Triton launch and a small sum; carries no gradient of its own."""
     tables = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
     return launch_diffusion_loss(
-        prediction, t, ordinals, *tables, None, seed=seed, target=target, x_0=x_0, flip=flip, weights=weights
+        prediction,
+        t,
+        ordinals,
+        *tables,
+        None,
+        seed=seed,
+        target=target,
+        x_0=x_0,
+        flip=flip,
+        weights=weights,
+        huber=huber,
     )[0]
 
 
@@ -135,6 +160,7 @@ def diffusion_loss_and_grad_reference(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`diffusion_loss_and_grad` in plain torch. Computes in float64 when an input is float64.
 
@@ -142,7 +168,17 @@ def diffusion_loss_and_grad_reference(
     """
     tables, scale = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar), _scale_tensor(grad_scale, prediction)
     return _run_reference(
-        prediction, t, ordinals, *tables, scale, seed=seed, target=target, x_0=x_0, flip=flip, weights=weights
+        prediction,
+        t,
+        ordinals,
+        *tables,
+        scale,
+        seed=seed,
+        target=target,
+        x_0=x_0,
+        flip=flip,
+        weights=weights,
+        huber=huber,
     )
 
 
@@ -159,11 +195,22 @@ def diffusion_loss_and_grad_triton(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`diffusion_loss_and_grad` as one Triton launch and a small sum."""
     tables, scale = (sqrt_alpha_bar, sqrt_one_minus_alpha_bar), _scale_tensor(grad_scale, prediction)
     return launch_diffusion_loss(
-        prediction, t, ordinals, *tables, scale, seed=seed, target=target, x_0=x_0, flip=flip, weights=weights
+        prediction,
+        t,
+        ordinals,
+        *tables,
+        scale,
+        seed=seed,
+        target=target,
+        x_0=x_0,
+        flip=flip,
+        weights=weights,
+        huber=huber,
     )
 
 
@@ -192,6 +239,7 @@ def _run_reference(
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    huber: float | None,
     with_losses: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What `launch_diffusion_loss` computes, in plain torch."""
@@ -202,9 +250,12 @@ def _run_reference(
     weight = torch.ones((), dtype=work, device=goal.device) if weights is None else weights.to(work)
     losses, grad = error.new_empty(0), prediction.new_empty(0)
     if with_losses:
-        losses = (_tree_sum(error) / num_elements * weight).reshape(num_samples)
+        values = error.square() if huber is None else _pseudo_huber(error, huber)
+        losses = (_tree_sum(values) / num_elements * weight).reshape(num_samples)
     if grad_scale is not None:
         scale = weight * grad_scale.to(goal.device, work) * (2.0 / num_elements)
+        if huber is not None:
+            error = error / _stretch(error, huber)
         grad = error.mul_(scale.expand(num_samples)[:, None, None, None]).to(prediction.dtype)
     return losses, grad
 
@@ -232,9 +283,19 @@ def _goal(
     return eps_of(prediction, ordinals, seed, work).mul_(scale).sub_(x.mul_(sigma))
 
 
-def _tree_sum(error: Tensor) -> Tensor:
-    """Sums [N] of the squares of error [N, C, H, W] by halving: additions alone, in an order that the size sets."""
-    rows = error.square().permute(0, 2, 3, 1).flatten(1)
+def _stretch(error: Tensor, huber: float) -> Tensor:
+    """sqrt(1 + (d / c)^2), by which the square's gradient 2 d is divided."""
+    return (error / huber).square().add(1.0).sqrt()
+
+
+def _pseudo_huber(error: Tensor, huber: float) -> Tensor:
+    """2 c (sqrt(d^2 + c^2) - c), written as 2 d^2 / (1 + sqrt(1 + (d / c)^2)): no difference of two near numbers."""
+    return 2.0 * error.square() / _stretch(error, huber).add(1.0)
+
+
+def _tree_sum(values: Tensor) -> Tensor:
+    """Sums [N] of values [N, C, H, W], by halving: additions alone, in an order that the size sets. Overwrites them."""
+    rows = values.permute(0, 2, 3, 1).flatten(1)
     size = rows.shape[1]
     while size > 1:
         half = (size + 1) // 2
@@ -254,6 +315,7 @@ def _check(
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    huber: float | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Validate; returns x_0 and flip, dropped where the target does not read them."""
     check_images("prediction", prediction)
@@ -261,6 +323,8 @@ def _check(
         raise ValueError(f"prediction must be floating point, got {prediction.dtype}")
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is not known: use one of {', '.join(TARGETS)}")
+    if huber is not None and not (math.isfinite(huber) and huber >= LEAST_HUBER):
+        raise ValueError(f"huber must be None or finite and at least {LEAST_HUBER}, got {huber}")
     check_noise_arguments(prediction, t, ordinals, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, flip, seed)
     check_no_gradient(weights=weights, x_0=x_0)
     if weights is not None:
@@ -291,6 +355,7 @@ def _diffusion_loss_op(
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    huber: float | None,
     with_losses: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
@@ -308,6 +373,7 @@ def _diffusion_loss_op(
         x_0=x_0,
         flip=flip,
         weights=weights,
+        huber=huber,
         with_losses=with_losses,
     )
 
@@ -325,6 +391,7 @@ def _(
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    huber: float | None,
     with_losses: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
@@ -339,21 +406,21 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    prediction, t, ordinals, table, sigma_table, _, seed, target, x_0, flip, weights, _, impl = inputs
+    prediction, t, ordinals, table, sigma_table, _, seed, target, x_0, flip, weights, huber, _, impl = inputs
     ctx.save_for_backward(prediction, t, ordinals, table, sigma_table, x_0, flip, weights)
-    ctx.settings = (seed, target, impl)  # type: ignore[attr-defined]
+    ctx.settings = (seed, target, huber, impl)  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     prediction, t, ordinals, table, sigma_table, x_0, flip, weights = ctx.saved_tensors  # type: ignore[attr-defined]
-    seed, target, impl = ctx.settings  # type: ignore[attr-defined]
+    seed, target, huber, impl = ctx.settings  # type: ignore[attr-defined]
     if torch.is_grad_enabled():  # as under create_graph=True
         raise RuntimeError("diffusion_loss is differentiable once: a gradient of its gradient is not supported")
     tables = (table, sigma_table)
     _, grad = _diffusion_loss_op(
-        prediction.detach(), t, ordinals, *tables, upstream, seed, target, x_0, flip, weights, False, impl
+        prediction.detach(), t, ordinals, *tables, upstream, seed, target, x_0, flip, weights, huber, False, impl
     )
-    return grad, *[None] * 12
+    return grad, *[None] * 13
 
 
 _diffusion_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -369,6 +436,8 @@ def _example(case: Case) -> Kwargs:
         kwargs["flip"] = example_flip(case)
     if "weighted" in rest:
         kwargs["weights"] = (0.5 + torch.rand(case.shape[0], generator=case.generator("weights"))).to(case.device)
+    if "huber" in rest:
+        kwargs["huber"] = 0.3
     return kwargs
 
 
@@ -376,7 +445,7 @@ def _example_with_grad(case: Case) -> Kwargs:
     return {**_example(case), "grad_scale": torch.tensor(1.7, device=case.device)}
 
 
-VARIANTS = ("eps", "v-flip-weighted", "x_0-float")
+VARIANTS = ("eps", "v-flip-weighted", "x_0-float", "eps-huber", "v-flip-weighted-huber")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIFFUSION_LOSS = Op(
     "diffusion_loss", diffusion_loss, diffusion_loss_reference, diffusion_loss_triton, _example, VARIANTS, DTYPES

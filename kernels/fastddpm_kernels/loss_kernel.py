@@ -45,12 +45,14 @@ def _loss_tile(
     X_KIND: tl.constexpr,
     MIRROR: tl.constexpr,
     TARGET: tl.constexpr,
+    HUBER: tl.constexpr,
     WITH_GRAD: tl.constexpr,
 ):
-    """Sum of squared errors of a tile; writes the gradient."""
+    """Sum of squared (or pseudo-Huber) errors of a tile; writes the gradient."""
     SIZE: tl.constexpr = 4 if PIXELS == 1 else PIXELS * C
     # error = prediction + sigma x_0 - scale eps for v, prediction - x_0 for x_0, prediction - eps for eps.
     factor, offset = input_scale(sigma if TARGET == "v" else -1.0 + 0.0 * sigma, X_KIND)
+    INVERSE_SQUARE: tl.constexpr = 1.0 / (HUBER * HUBER) if HUBER > 0 else 0.0
     total = tl.zeros((GROUPS,), tl.float32)
     for block in range(BLOCKS):
         first = (tile * BLOCKS + block) * UNROLL * GROUPS
@@ -92,6 +94,13 @@ def _loss_tile(
                     difference = tl.where(groups * 4 + k < C * PLANE, difference, 0.0)
                 elif not EVEN:
                     difference = tl.where(mask, difference, 0.0)
+                slope = difference
+                if HUBER > 0:
+                    # 2 d^2 / (1 + s) with s = sqrt(1 + (d / c)^2), whose gradient is 2 d / s.
+                    stretch = difference * difference * INVERSE_SQUARE + 1.0
+                    shrink = tl.rsqrt(stretch)
+                    slope = difference * shrink
+                    difference = difference * tl.rsqrt(stretch * shrink * 0.5 + 0.5)
                 if k % 4 == 0:
                     squares_0 += difference * difference
                 elif k % 4 == 1:
@@ -101,7 +110,7 @@ def _loss_tile(
                 else:
                     squares_3 += difference * difference
                 if WITH_GRAD:
-                    grad += (difference * grad_scale,)
+                    grad += (slope * grad_scale,)
             total += (squares_0 + squares_1) + (squares_2 + squares_3)
             if WITH_GRAD:
                 store_group(grad_ptr, groups, mask, grad, C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, EVEN)
@@ -137,6 +146,7 @@ def _diffusion_loss_kernel(
     X_KIND: tl.constexpr,
     FLIP: tl.constexpr,
     TARGET: tl.constexpr,
+    HUBER: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
     WITH_LOSSES: tl.constexpr,
@@ -163,22 +173,26 @@ def _diffusion_loss_kernel(
         if flip != 0:
             total = _loss_tile(
                 prediction_ptr, x_0_ptr, grad_ptr, tile, 1, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-                C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST, X_KIND, True, TARGET, WITH_GRAD,
+                C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST,
+                X_KIND, True, TARGET, HUBER, WITH_GRAD,
             )  # fmt: skip
         elif LAYOUT == "nhwc":
             total = _loss_tile(
                 prediction_ptr, x_0_ptr, grad_ptr, tile, 0, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-                1, SIZE, SIZE, PIXELS, LAYOUT, GROUPS, UNROLL * C, BLOCKS, EVEN, FAST, X_KIND, False, TARGET, WITH_GRAD,
+                1, SIZE, SIZE, PIXELS, LAYOUT, GROUPS, UNROLL * C, BLOCKS, EVEN, FAST,
+                X_KIND, False, TARGET, HUBER, WITH_GRAD,
             )  # fmt: skip
         else:
             total = _loss_tile(
                 prediction_ptr, x_0_ptr, grad_ptr, tile, 0, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-                C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST, X_KIND, False, TARGET, WITH_GRAD,
+                C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST,
+                X_KIND, False, TARGET, HUBER, WITH_GRAD,
             )  # fmt: skip
     else:
         total = _loss_tile(
             prediction_ptr, x_0_ptr, grad_ptr, tile, flip, scale, sigma, grad_scale, c1, c2, key_0, key_1,
-            C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST, X_KIND, False, TARGET, WITH_GRAD,
+            C, PLANE, WIDTH, PIXELS, LAYOUT, GROUPS, UNROLL, BLOCKS, EVEN, FAST,
+            X_KIND, False, TARGET, HUBER, WITH_GRAD,
         )  # fmt: skip
     if WITH_LOSSES:
         tl.store(sums_ptr + n * TILES + tile, total * weight)
@@ -208,6 +222,7 @@ def launch_diffusion_loss(
     x_0: Tensor | None,
     flip: Tensor | None,
     weights: Tensor | None,
+    huber: float | None = None,
     with_losses: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Losses fp32 [N] and the gradient with respect to prediction scaled by grad_scale (one element, or [N]).
@@ -250,6 +265,7 @@ def launch_diffusion_loss(
             X_KIND=input_kind(x, cut.PIXELS, cut.FAST),
             FLIP=flip is not None,
             TARGET=target,
+            HUBER=0.0 if huber is None else float(huber),
             WEIGHTED=weights is not None,
             SCALE_PER_SAMPLE=scale.numel() > 1,
             WITH_LOSSES=with_losses,

@@ -1,0 +1,152 @@
+"""log p(x_0) of a diffusion model, exactly, through its probability-flow ODE (Song et al. 2021, appendix D).
+
+In lambda, the logarithm of the signal-to-noise ratio, with alpha^2 = sigmoid(lambda) and sigma^2 = sigmoid(-lambda),
+lambda_0 at the data end and lambda_1 at the noise end:
+
+    dx/dlambda = (sigma^2 x - sigma eps_hat(x, t)) / 2
+    log p(x at lambda_0) = log N(x at lambda_1; 0, I) + integral from lambda_0 to lambda_1 of div(dx/dlambda)
+
+The network is trained at whole t and asked at fractional ones, where lambda(t) is linear between them. The data end is
+t = 0, the first noise level: the model measured is the one that draws x_T from N(0, I) and follows the ODE to t = 0.
+The noise end is T - 1, or where log SNR falls to -14, since below it nothing of the image is left (schedules that end
+in pure noise have no lambda there). x_0_hat is not clipped: the field has to be smooth.
+
+The density of the model is that of real numbers, and pixels are 8-bit: each is spread over its bin, x_0 + (2 u - 1)/255
+with u uniform in [0, 1) (dequantisation), so that by Jensen's inequality
+-log2 P(x_0) <= -log2 p(x_0 + (2 u - 1)/255) + log2(255/2) per dimension, on average over u.
+
+The divergence is Hutchinson's estimate v^T J v with Rademacher probes v, unbiased for the integral.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm_kernels import Stream, draw_normal, philox_words, stream_tag
+
+from .bound import HALF_BIN, Network, images_to_floats
+from .diffusion import ProcessConfig
+from .errors import ConfigError
+from .schedules import NoiseSchedule
+
+LEAST_LOG_SNR = -14.0
+"""Where the ODE ends if the schedule goes on: the share of the image left in x is e^-7."""
+BITS_OF_BIN = -math.log2(2 * HALF_BIN)
+"""log2(255 / 2), bits per dimension from a density over -1 .. 1 to the probability of an 8-bit level."""
+
+# Layer of the stream's tag for dequantisation: the noise of the bound is at layer 0, its strata at 1.
+_DEQUANTISE_TAG = stream_tag(Stream.BOUND, 2)
+
+
+def dequantise(x_0: Tensor, images: Tensor, *, seed: int, dtype: torch.dtype) -> Tensor:
+    """8-bit images spread over their bins: x_0 + (2 u - 1) / 255, u uniform and a function of (seed, image) alone.
+
+    Args:
+        x_0: uint8 [N, C, H, W].
+        images: int64 [N] on the same device.
+
+    Returns:
+        [N, C, H, W] of the dtype, within -1 - 1/255 .. 1 + 1/255.
+    """
+    count, channels, height, width = x_0.shape
+    quads = torch.arange(-(-channels * height * width // 4), device=x_0.device)
+    words = philox_words(seed, quads, (images & 0xFFFFFFFF)[:, None], (images >> 32)[:, None], _DEQUANTISE_TAG)
+    # Elements in H, W, C order, as everywhere: four words to a quad; the middle of each of 2^24 steps.
+    u = (torch.stack(words, -1).flatten(1)[:, : channels * height * width] >> 8).to(dtype).add(0.5).mul(2.0**-24)
+    u = u.view(count, height, width, channels).permute(0, 3, 1, 2)
+    return images_to_floats(x_0, dtype) + (2 * u - 1) * HALF_BIN
+
+
+def draw_probes(images: Tensor, shape: tuple[int, int, int], num_probes: int, *, seed: int) -> Tensor:
+    """Rademacher probes [num_probes, N, C, H, W], +1 or -1: float32, a function of (seed, image, probe) alone."""
+    normals = [
+        draw_normal(images, shape, seed=seed, stream=Stream.PROBE, step=probe, channels_last=True)
+        for probe in range(num_probes)
+    ]
+    return torch.stack([torch.where(normal < 0, -1.0, 1.0) for normal in normals])
+
+
+def ode_log_likelihood(
+    config: ProcessConfig,
+    schedule: NoiseSchedule,
+    network: Network,
+    x: Tensor,
+    probes: Tensor,
+    *,
+    num_steps: int = 100,
+) -> Tensor:
+    """log p(x) of the model in nats, by Heun's method of second order over equal steps of log SNR.
+
+    Args:
+        config, schedule: the process; prediction and learned_range (whose variances the ODE has no use for) are read.
+        network: in eval mode, called with float32 t; differentiable in x. Its parameters should need no gradients.
+        x: [N, C, H, W] at the data end, dequantised; the ODE is solved in its dtype.
+        probes: [P, N, C, H, W] of draw_probes; the trajectory is the same for all.
+        num_steps: of the solver, two network evaluations each.
+
+    Returns:
+        [P, N] in the dtype of x: the log density by each probe.
+
+    Raises:
+        ConfigError: for fewer steps than 1, and for a schedule of one noise level.
+    """
+    if num_steps < 1:
+        raise ConfigError(f"steps is {num_steps}: it must be at least 1")
+    log_snr, times = _path(schedule)
+    grid = np.linspace(log_snr[0], log_snr[-1], num_steps + 1)
+    at = np.interp(-grid, -log_snr, times)  # np.interp wants what rises
+    probes = probes.to(x.dtype)
+    total = torch.zeros(probes.shape[:2], dtype=x.dtype, device=x.device)
+    for i in range(num_steps):
+        step = grid[i + 1] - grid[i]
+        slope, divergence = _field(config, network, x, probes, grid[i], at[i])
+        ahead = _field(config, network, x + step * slope, probes, grid[i + 1], at[i + 1])
+        x = x + step / 2 * (slope + ahead[0])
+        total = total + step / 2 * (divergence + ahead[1])
+    log_normal = -0.5 * (x**2 + math.log(2 * math.pi)).flatten(1).sum(1)
+    return log_normal + total
+
+
+def _path(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """log SNR, falling, and t (whole numbers, and perhaps a last one between two) of the nodes of the path."""
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(schedule.snr)
+    above = np.flatnonzero(log_snr > LEAST_LOG_SNR)
+    kept = log_snr[above]
+    times = above.astype(np.float64)
+    if len(above) and len(above) < len(log_snr) and np.isfinite(beyond := log_snr[len(above)]):
+        share = (kept[-1] - LEAST_LOG_SNR) / (kept[-1] - beyond)
+        kept, times = np.append(kept, LEAST_LOG_SNR), np.append(times, times[-1] + share)
+    if len(kept) < 2:
+        raise ConfigError(
+            f"num_timesteps is {schedule.num_timesteps}: the probability-flow ODE needs two noise levels of a log SNR "
+            f"above {LEAST_LOG_SNR}"
+        )
+    return kept, times
+
+
+def _field(
+    config: ProcessConfig, network: Network, x: Tensor, probes: Tensor, log_snr: float, t: float
+) -> tuple[Tensor, Tensor]:
+    """dx/dlambda [N, C, H, W] and the estimates [P, N] of its divergence."""
+    alpha, sigma = (1 / math.sqrt(1 + math.exp(sign * log_snr)) for sign in (-1, 1))
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        output = network(x, time).to(x.dtype)
+        if config.variance == "learned_range":
+            output = output.chunk(2, dim=1)[0]
+        # sigma eps_hat, without a division by a sigma that is small
+        noise = {
+            "eps": lambda: sigma * output,
+            "x_0": lambda: x - alpha * output,
+            "v": lambda: alpha * sigma * output + sigma**2 * x,
+        }[config.prediction]()
+        slope = (sigma**2 * x - noise) / 2
+        estimates = []
+        for number, probe in enumerate(probes):
+            (product,) = torch.autograd.grad((slope * probe).sum(), x, retain_graph=number + 1 < len(probes))
+            estimates.append((product * probe).flatten(1).sum(1))
+    return slope.detach(), torch.stack(estimates)

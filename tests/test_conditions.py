@@ -1,0 +1,192 @@
+"""What the trainer does around the loss: labels and their hiding, estimates as inputs, augmentation, averages, the log.
+
+Everything is addressed by position, so a run with all of it goes on bitwise.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from safetensors.torch import load_file
+
+from fastddpm.checkpoint import Checkpoints
+from fastddpm.config import Config, preset
+from fastddpm.diffusion import ProcessConfig, TrainingProcess
+from fastddpm.errors import ConfigError, DataError
+from fastddpm.pipeline import load_pipeline
+from fastddpm.step import TrainStep
+from fastddpm.trainer import Trainer
+from fastddpm.unet import UNet
+
+EVERYTHING = {
+    "num_timesteps": 5,  # few, so that loss-aware timesteps soon have a history to go by
+    "prediction": "v",
+    "zero_terminal_snr": True,
+    "variance": "learned_range",
+    "loss": "hybrid",
+    "timesteps": "loss_aware",
+    "offset_noise": 0.1,
+    "label_dropout": 0.2,
+    "self_conditioning": True,
+}
+
+
+def small(run: Path, **changes) -> Config:
+    """A run of seconds with all of it."""
+    values = {
+        "run": str(run),
+        "steps": 8,
+        "batch_size": 16,
+        "log_every": 2,
+        "save_every": 4,
+        "sample_every": 8,
+        "conditional": True,
+        "data": {"augment": 0.3},
+        "model": {"block_out_channels": (8, 16), "norm_num_groups": 4, "dropout": 0.2},
+        "optim": {"horizon": 8, "warmup_steps": 2},
+        "diffusion": EVERYTHING,
+        "ema": {"widths": (0.05, 0.2)},
+        "grid": {"num": 4, "steps": 2, "guidance": 2.0},
+    }
+    return preset("digits", **(values | changes))
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert Trainer(small(run)).train().finished
+    return run
+
+
+def test_a_run_with_everything_goes_on_bitwise(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer(small(run, steps=3)).train()  # in the middle of a log window
+    Trainer(small(run, steps=5, accumulation=1)).train()
+    Trainer(small(run)).train()
+    exact = ("step", "loss", "grad_norm", "loss_quartiles")
+    assert [[r[k] for k in exact] for r in records(run)] == [[r[k] for k in exact] for r in records(whole)]
+    a, b = (Checkpoints(r).load(Checkpoints(r).all()[-1]) for r in (whole, run))
+    for kind in ("model", "ema", "optimizer"):
+        ours, theirs = getattr(a, kind), getattr(b, kind)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    history = a.optimizer["loss history/losses"]
+    assert (history >= 0).all(), "the history was never used"
+    names = {key.rpartition("/")[2] for key in a.optimizer}
+    assert {"average-0.05", "average-0.2", "exp_avg"} <= names and any(
+        k.startswith("loss history/") for k in a.optimizer
+    )
+    for path in (whole / "ema").iterdir():
+        ours, theirs = load_file(path), load_file(run / "ema" / path.name)
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert len(list((whole / "ema").iterdir())) == 4  # two widths at two saves
+
+
+def test_a_config_that_needs_more_than_a_checkpoint_holds_is_refused(whole: Path, tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path / "run", ema={}))
+    with pytest.raises(ConfigError, match=r"ema\.widths"):
+        Trainer(small(whole, ema={"widths": (0.05,)}))
+    wider = Trainer(small(tmp_path / "wider"))
+    newest = Checkpoints(whole).all()[-1]
+    state = Checkpoints(whole).load(newest)
+    trainer._restore(state, newest)  # what is not asked for is left
+    bare = {k: t for k, t in state.optimizer.items() if "average-" not in k}
+    with pytest.raises(Exception, match=r"has no .*/average-0\.05"):
+        wider._load_own(bare, newest)
+
+
+def test_quartiles_are_means_of_the_losses_since_the_last_line(tmp_path: Path) -> None:
+    config = small(
+        tmp_path / "run", steps=3, log_every=3, conditional=False, data={}, ema={}, diffusion={}, sample_every=0
+    )
+    trainer = Trainer(config)
+    sums, counts = np.zeros(4), np.zeros(4)
+    with_batches = trainer._batches(3)
+    for step in range(3):
+        batch = next(with_batches)
+        t = trainer.train_step.process.timesteps(batch.ordinals)
+        trainer.unet.train()
+        losses, _ = trainer.train_step(batch.images, batch.ordinals, step)
+        np.add.at(sums, (t * 4 // 1000).numpy(), losses.double().numpy())
+        np.add.at(counts, (t * 4 // 1000).numpy(), 1)
+    trainer._lock.close()
+    Trainer(config).train()
+    (line,) = records(tmp_path / "run")
+    expected = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
+    assert line["loss_quartiles"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_hidden_by_position_in_the_share_asked_for() -> None:
+    process = TrainingProcess.of(ProcessConfig(label_dropout=0.3), seed=5, flip=False, batch_size=8)
+    ordinals = torch.arange(4000)
+    labels = ordinals % 10
+    told = process.hide_labels(labels, ordinals, 11)
+    hidden = told == 10
+    assert abs(hidden.float().mean() - 0.3) < 0.03
+    assert torch.equal(told[~hidden], labels[~hidden])
+    some = torch.tensor([3999, 17, 1200])
+    assert torch.equal(process.hide_labels(labels[some], some, 11), told[some])
+    assert (process.hide_labels(torch.full((8,), -1), torch.arange(8), 11) == 10).all()
+    never = TrainingProcess.of(ProcessConfig(), seed=5, flip=False, batch_size=8)
+    assert torch.equal(never.hide_labels(labels, ordinals, 10), labels)
+
+
+def test_the_estimate_is_given_to_half_and_is_the_nets_own(tmp_path: Path) -> None:
+    config = preset(
+        "digits",
+        model={"block_out_channels": (8, 16), "norm_num_groups": 4},
+        diffusion={"self_conditioning": True, "prediction": "x_0"},
+    )
+    net = UNet(config.network(), seed=1)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    process = TrainingProcess.of(config.diffusion, seed=3, flip=False, batch_size=64)
+    seen = []
+    net.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    step = TrainStep(net, UNet(config.network()), process, config.optim, config.ema)
+    images = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
+    ordinals = torch.arange(64)
+    step.accumulate(images, ordinals)
+    first, second = seen
+    assert torch.equal(first[:, 1], torch.zeros(64, 8, 8)) and torch.equal(first[:, 0], second[:, 0])
+    given = second[:, 1].flatten(1).abs().sum(1) > 0
+    assert 20 < int(given.sum()) < 44
+    estimate = net(first, process.noise(images, ordinals).t).sample.clamp(-1, 1)
+    torch.testing.assert_close(second[given, 1], estimate[given, 0])
+
+
+def test_a_conditional_run_is_a_pipeline_of_diffusers(whole: Path) -> None:
+    from diffusers import UNet2DModel
+
+    pipeline = load_pipeline(str(whole))
+    assert pipeline.num_classes == 10 and pipeline.shape == (1, 8, 8)
+    theirs = UNet2DModel.from_pretrained(whole, subfolder="unet")
+    assert theirs.config.num_class_embeds == 11 and theirs.config.out_channels == 2
+    x, t, labels = torch.randn(3, 2, 8, 8), torch.tensor([0, 2, 4]), torch.tensor([0, 9, 10])
+    with torch.no_grad():
+        expected = theirs(x, t, class_labels=labels).sample
+        torch.testing.assert_close(pipeline.unet(x, t, class_labels=labels).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_conditional_without_classes_is_refused(tmp_path: Path) -> None:
+    for changes, error, words in (
+        (
+            {"data": {"label_column": None}, "model": {"num_class_embeds": 4}},
+            DataError,
+            "has 10 classes .* at least 10",
+        ),
+        ({"conditional": False, "model": {"num_class_embeds": 4}}, ConfigError, "add --conditional"),
+        ({"conditional": False}, ConfigError, "label_dropout"),
+        ({"data": {"augment": 2.0}}, ConfigError, r"augment is 2\.0"),
+        ({"model": {"augment_channels": 3}}, ConfigError, "--data.augment sets it"),
+    ):
+        with pytest.raises(error, match=words):
+            Trainer(small(tmp_path / "run", **changes))
