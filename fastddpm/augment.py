@@ -161,19 +161,20 @@ def _mirrored(i: Tensor, count: int) -> Tensor:
 
 
 def _smoothed(x: Tensor, matrices: Tensor) -> Tensor:
-    """x [N, C, H, W] smoothed by the covariance (M M^T - I)+ / 12, as one step of the heat equation.
+    """x [N, C, H, W] smoothed by the covariance (M M^T - I)+ / 6, as one step of the heat equation.
 
-    A pixel is a box of variance 1/12 in each direction, and its footprint M's box one of M M^T / 12: what that has more
-    is to be smoothed away, or it would alias. x + (C_xx d_xx + C_yy d_yy) x / 2 + C_xy d_xy x with central differences
-    adds C to the variance of every point, and nothing where C is 0.
+    A pixel is taken as a tent (the weights of linear interpolation) of variance 1/6 in each direction, so its footprint
+    in the image has the covariance M M^T / 6: what that has more is to be smoothed away, or it would alias.
+    x + (C_xx d_xx + C_yy d_yy) x / 2 + C_xy d_xy x with central differences adds C to the variance of every point, and
+    nothing where C is 0; halved in one direction, an image loses its finest stripes across it exactly.
     """
     (xx, xy, _), (yx, yy, _) = (row.unbind(-1) for row in matrices.unbind(-2))
     mean, half = (xx * xx + xy * xy + yx * yx + yy * yy) / 2 - 1, (xx * xx + xy * xy - yx * yx - yy * yy) / 2
     across = xx * yx + xy * yy
     radius = (half * half + across * across).sqrt()
     larger, smaller = (mean + radius).clamp(min=0), (mean - radius).clamp(min=0)
-    # 1/12, but at most a variance of 1/2 in all: beyond that the finest pattern would come out as its negative.
-    factor = 0.5 / (larger + smaller).clamp(min=6.0)
+    # 1/6, but at most a variance of 1/2 in all: beyond that the finest pattern would come out as its negative.
+    factor = 0.5 / (larger + smaller).clamp(min=3.0)
     tilt = (larger - smaller) / (2 * radius.clamp(min=1e-30))
     c_xx = factor * ((larger + smaller) / 2 + tilt * half)
     c_yy = factor * ((larger + smaller) / 2 - tilt * half)

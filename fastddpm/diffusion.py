@@ -203,7 +203,7 @@ class TrainingProcess:
         t, importance = self.history.draw(u)
         return t, coin, importance
 
-    def hide_labels(self, labels: Tensor, ordinals: Tensor, num_class_embeds: int) -> Tensor:
+    def hide_labels(self, labels: Tensor, ordinals: Tensor, num_class_embeds: int | None) -> Tensor:
         """The classes that the network is told: the last one, which stands for none, for a share of label_dropout.
 
         Args:
@@ -213,6 +213,7 @@ class TrainingProcess:
         """
         if not self.config.label_dropout:
             return labels
+        assert num_class_embeds is not None, "labels of a network without classes"
         draw = draw_uniform(ordinals, 1, seed=self.seed, stream=Stream.LABEL, impl=self.impl)[:, 0]
         return torch.where((draw < self.config.label_dropout) | (labels < 0), num_class_embeds - 1, labels)
 
@@ -390,8 +391,8 @@ class ProcessConfig:
     )
     dynamic_threshold: float | None = None
     (
-        "Clip x_0 to this quantile of its absolute values, at least clip_range, and scale it back to clip_range "
-        "(Imagen's dynamic thresholding, e.g. 0.995); None clips to clip_range itself."
+        "Clip x_0 to this quantile of its absolute values, at least 1, and scale it back to -1 .. 1 (Imagen's dynamic "
+        "thresholding, e.g. 0.995; with clip and clip_range 1); None clips to clip_range itself."
     )
     loss: LossName = "simple"
     (

@@ -260,13 +260,14 @@ def _sheet(inputs: dict[str, np.ndarray], images: np.ndarray) -> Image.Image:
     num, channels = len(images), images.shape[-1]
     first = []
     for image in inputs.values():
-        if image.ndim == 2:  # a mask
-            image = np.repeat(image[..., None], channels, axis=-1)
+        if image.ndim == 2:  # a mask, whose white would not be told from the page
+            image = np.repeat(np.minimum(image, 208)[..., None], channels, axis=-1)
             if channels == 4:
                 image[..., 3] = 255
         first.append(image)
     columns = num if num <= WIDEST else math.ceil(math.sqrt(num))
-    rows = {f"{start}": images[start : start + columns] for start in range(0, num, columns)}
+    starts = range(0, num, columns)
+    rows = {f"{start} .. {min(start + columns, num) - 1}": images[start : start + columns] for start in starts}
     return captioned({"\n".join(inputs): np.stack(first), **rows})
 
 

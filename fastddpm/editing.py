@@ -40,7 +40,7 @@ def as_x_0(pictures: np.ndarray | Tensor, device: torch.device | str = "cpu") ->
     Raises:
         ConfigError: of another shape or dtype.
     """
-    x = torch.from_numpy(np.ascontiguousarray(pictures)) if isinstance(pictures, np.ndarray) else pictures
+    x = torch.tensor(pictures) if isinstance(pictures, np.ndarray) else pictures
     floats = x.is_floating_point() and isinstance(pictures, Tensor)
     if x.ndim not in (3, 4) or not (x.dtype == torch.uint8 or floats):
         raise ConfigError(
@@ -71,7 +71,9 @@ def inpaint(
     After each reverse step the known part is replaced by q(x_s | x_0) of the picture (eq. 8), so the network sees both
     parts at one noise level. They fit together only because each stretch of `jump` steps is gone `resamples` times,
     with q(x_t | x_s) leading back to its beginning: with resamples = 1 the paint hardly knows what it is to fit.
-    Distributions agree with p(unknown | known) in the limit of small steps and many resamples.
+    It comes to p(unknown | known) with small steps, many resamples and fixed_large: of a Gaussian pixel of correlation
+    0.95 with the known one, in 250 steps, the mean is off by 1.06 standard deviations with 1, by 0.07 with 10 (by 0.17
+    with jump 10, which agrees over longer stretches instead), and the spread by 44 and 5 %.
 
     Args:
         sampler: ddpm or ddim; RePaint takes 250 steps.
@@ -79,7 +81,7 @@ def inpaint(
         mask: bool or uint8, [H, W] or [N, H, W]; paint where it is True, or 128 and more (white).
         numbers: int64 [N], which edits: each number gives another painting, 0 .. 2^32 - 1.
         resamples: times that each stretch is gone, at least 1 (the paper's r).
-        jump: steps of a stretch (the paper's j); above the sampler's steps there is nothing to resample.
+        jump: steps of a stretch (the paper's j), fewer than the sampler has unless resamples is 1.
         class_labels: int64 [N], handed to the network.
         callback: called as callback(v, t, x) after network call v, which was at timestep t, with the state it led to.
 
@@ -343,7 +345,7 @@ def invert(
     sqrt((1 - alpha_bar_s) (1 - alpha_bar_t)). Backwards x_t is the unknown: x_t <- x_t + (x_s - step(x_t)) / cos(delta)
     from x_t = x_s. Its first round is the usual inversion to first order (the sampler ddim_inverse), with what the
     network says of x_s; each further one multiplies what is left by tan(delta) d v_hat / d x, less than 1 for the exact
-    prediction of Gaussian data that vary less than the noise. Where x_0_hat is clipped, any x_t beyond the limit serves.
+    prediction of Gaussian data that vary less than the noise. Where x_0_hat is clipped any x_t beyond the limit serves.
 
     Args:
         sampler: ddim with eta 0, the one that is to lead back.
@@ -464,7 +466,7 @@ def _for_each(picture: np.ndarray | Tensor, numbers: Tensor, device: torch.devic
 
 def _mask(mask: np.ndarray | Tensor, x_0: Tensor) -> Tensor:
     """bool [N or 1, 1, H, W] on x_0's device: where to paint."""
-    m = torch.as_tensor(mask)
+    m = torch.tensor(mask) if isinstance(mask, np.ndarray) else mask
     if m.dtype not in (torch.bool, torch.uint8) or m.ndim not in (2, 3):
         raise ConfigError(f"the mask is {m.dtype} {list(m.shape)}: give bool or uint8 [H, W]")
     m = (m if m.dtype == torch.bool else m >= 128).reshape(-1, *m.shape[-2:])

@@ -46,7 +46,7 @@ LEAST_DIVERSITY = 64
 """Images, at least, between which distances are taken."""
 MOST_TRAINING = 2048
 """Training images, at most, among which the nearest one is looked for."""
-PATHS = 4
+PATHS = 2
 """Chains x_1 .. x_T drawn for each image of the bound."""
 LARGEST_Z = 5.0
 """Standard errors that no measurement is away from a formula that holds (once in 2 million)."""
@@ -265,23 +265,21 @@ def _forward_text(
             f"{alpha[1] * beta[0] + beta[1]:.6g} = 1 - alpha_1 alpha_0 = {1 - alpha_bar[1]:.6g}",
         ]
     lines += [
-        "So every step turns the variance v into alpha v + beta, which keeps v = 1 - alpha_bar, alpha_bar the product of",
-        "all alphas so far: alpha (1 - alpha_bar) + (1 - alpha) = 1 - alpha alpha_bar. T Gaussian steps are one:",
+        "Every step turns the variance v into alpha v + beta, which keeps v = 1 - alpha_bar, with alpha_bar the",
+        "product of all alphas so far: alpha (1 - alpha_bar) + (1 - alpha) = 1 - alpha alpha_bar. The steps are one:",
         "    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)",
         f"    the recursion over all {last + 1} steps and the closed form differ by {worst:.1e} at most",
         "",
-        "Measured, +- one standard error: what of x_0 is left in x_t, and the variance of the rest.",
-        "",
-        f"{'t':>6}  {'sqrt(alpha_bar)':>15}  {'step by step':>19}  {'one draw':>19}  {'1-alpha_bar':>11}  "
-        f"{'step by step':>19}  {'one draw':>19}",
+        "Measured, the standard error behind it:",
+        f"{'':6}  {'what of x_0 is left':^40}  {'variance of the rest':^40}",
+        f"{'t':>6}" + f"  {'formula':>9}{'step by step':>13}{'one draw':>10}{'+-':>8}" * 2,
     ]
     for t in sorted({round(share * last) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)}):
-        cells = [f"{t:6}"]
-        for name, width in (("coefficient", 15), ("variance", 11)):
-            m = MOMENTS.index(name)
-            cells.append(f"{expected[t, m]:{width}.5f}")
-            cells += [f"{found[t, i, m]:9.5f} +- {errors[t, m]:.5f}".rjust(19) for i in range(2)]
-        lines.append("  ".join(cells))
+        cells = f"{t:6}"
+        for m in (MOMENTS.index("coefficient"), MOMENTS.index("variance")):
+            steps, draw = found[t, :, m]
+            cells += f"  {expected[t, m]:9.5f}{steps:13.5f}{draw:10.5f}{errors[t, m]:8.5f}"
+        lines.append(cells)
     lines += ["", "Largest distance from the formula over all t, in standard errors (most of 1000 stay below 3.5):"]
     for m, name in enumerate(MOMENTS):
         if not np.isfinite(z[..., m]).all():
@@ -494,9 +492,9 @@ def _noise_text(
         "",
         "The network sees x_t and can name only the average of all x_0 that x_t may come from. A step moves a little",
         "towards it and shrinks the noise in x_t; z gives back what x_{t-1} has to have. Of the noise in x_T the steps",
-        f"down to t = {middle} keep the product of posterior_mean_coef2 = {left:.4f}, where the network was trained on",
-        f"noise of sqrt(1 - alpha_bar) = {math.sqrt(1 - end):.4f}. Without z, x_t is soon cleaner than any x_t it was shown, each image",
-        "stays near the average of the data, and all run to the same few smooth ones. With z each decides for itself.",
+        f"down to t = {middle} keep the product of posterior_mean_coef2 = {left:.2g}, where the network was trained on",
+        f"noise of sqrt(1 - alpha_bar) = {math.sqrt(1 - end):.2g}. Without z, x_t is soon cleaner than any that it was",
+        "shown, images stay near the average of the data and run to the same few. With z each decides for itself.",
         "",
         "Standard deviation of x_t between the images"
         + (":" if training is None else "; data: sqrt(alpha_bar variance of the data + 1 - alpha_bar):"),
@@ -666,7 +664,8 @@ def _figure(values: np.ndarray) -> str:
     """Mean and standard error of values [N], which belong to images by PATHS, in bits."""
     of_image = values.reshape(-1, PATHS).mean(1) / math.log(2)
     error = of_image.std(ddof=1) / math.sqrt(len(of_image)) if len(of_image) > 1 else math.nan
-    return f"{of_image.mean():10.5f}" + (f" +- {error:.5f}" if math.isfinite(error) else "")
+    mean = round(float(of_image.mean()), 5) + 0.0  # no -0.00000
+    return f"{mean:10.5f}" + (f" +- {error:.5f}" if math.isfinite(error) else "")
 
 
 def _bound_text(what: str, pipeline: Pipeline, walk: Walk, num_values: int) -> str:
@@ -680,13 +679,13 @@ def _bound_text(what: str, pipeline: Pipeline, walk: Walk, num_values: int) -> s
     means = walk.mean_part[1:].sum(0)
 
     def line(formula: str, values: np.ndarray) -> str:
-        return f"    {formula:72}{_figure(values)}"
+        return f"    {formula:75}{_figure(values)}"
 
     lines = [
-        f"The bound of {what}, D = {num_values} values each, T = {num_timesteps},",
-        f"{PATHS} chains x_1 .. x_T for each image. Numbers are costs in bits per dimension, -log p / (D log 2), +- one",
-        "standard error over images. x_t of index t = 0 .. T-1 is the state after t + 1 steps of noise, x_{t-1} of t = 0",
-        "is x_0.",
+        f"The bound of {what}, D = {num_values} values each,",
+        f"T = {num_timesteps}, {PATHS} chains x_1 .. x_T for each image. Numbers are costs in bits per dimension,",
+        "-log p / (D log 2), +- one standard error over images. Index t = 0 .. T-1: x_t is the state after t + 1 steps",
+        "of noise, and the one before it at t = 0 is x_0.",
         "",
         "1. What is wanted is an integral over everything that may have led to x_0, "
         f"{num_timesteps * num_values:,} variables:",
@@ -729,13 +728,14 @@ def _bound_text(what: str, pipeline: Pipeline, walk: Walk, num_values: int) -> s
         "   (product, means part, clipped and L_t in bits per dimension; clipped: with x_0_hat clipped as in sampling)",
         "",
         "7. The loss of training leaves the weight out and takes t at random:",
-        f"    L_simple = E |eps - eps_hat|^2 / D{'':38}{walk.eps_error.mean():10.5f}",
+        f"    L_simple = E |eps - eps_hat|^2 / D{'':41}{walk.eps_error.mean():10.5f}",
     ]
     if num_timesteps > 1:
-        weight = walk.weight.mean(1)
+        weight, half = walk.weight.mean(1), num_timesteps // 2
         lines += [
-            f"   The weight falls from {weight[1]:.4g} at t = 1 to {weight[-1]:.4g} at t = {num_timesteps - 1}: without it the bound is a little looser, and",
-            "   the noisy steps, which decide what is in the image, count more.",
+            f"   The weight goes from {weight[1]:.4g} at t = 1 to {weight[half]:.4g} at t = {half}: the bound counts",
+            "   most the steps in which nothing can be seen. With weight 1 it comes out a little looser, and noisier",
+            "   steps, which decide what is in the image, get the network's attention.",
         ]
     if process.prediction != "eps" or process.loss != "simple":
         lines.append(
@@ -746,12 +746,13 @@ def _bound_text(what: str, pipeline: Pipeline, walk: Walk, num_values: int) -> s
 
 
 def _bound_plot(walk: Walk, name: str) -> Image.Image:
-    t, bits = np.arange(1, len(walk.terms)), 1 / math.log(2)
-    if not len(t):
-        t = np.arange(1)
+    t, bits = np.arange(min(1, len(walk.terms) - 1), len(walk.terms)), 1 / math.log(2)
     terms, means = walk.terms[t].mean(1) * bits, walk.mean_part[t].mean(1) * bits
+    curves = {"L_t": (t, terms)}
+    if (np.abs(terms - means) > 1e-6 * terms).any():  # with fixed_small the variances are equal
+        curves |= {"the means' part": (t, means), "the variances' part": (t, terms - means)}
     upper = curve_plot(
-        {"L_t": (t, terms), "the means' part": (t, means), "the variances' part": (t, terms - means)},
+        curves,
         title=f"Terms of the bound of {name}",
         x_label="t",
         y_label="bits per dimension",

@@ -36,6 +36,8 @@ LEAST_LOG_SNR = -14.0
 BITS_OF_BIN = -math.log2(2 * HALF_BIN)
 """log2(255 / 2), bits per dimension from a density over -1 .. 1 to the probability of an 8-bit level."""
 
+# Of the classical method: how far into the step each slope is taken, along the one before, and its weight.
+_RUNGE_KUTTA = ((0.0, 1 / 6), (0.5, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 6))
 # Layer of the stream's tag for dequantisation: the noise of the bound is at layer 0, its strata at 1.
 _DEQUANTISE_TAG = stream_tag(Stream.BOUND, 2)
 
@@ -75,16 +77,18 @@ def ode_log_likelihood(
     x: Tensor,
     probes: Tensor,
     *,
-    num_steps: int = 100,
+    num_steps: int = 50,
 ) -> Tensor:
-    """log p(x) of the model in nats, by Heun's method of second order over equal steps of log SNR.
+    """log p(x) of the model in nats, by the Runge-Kutta method of fourth order over equal steps of log SNR.
+
+    With as many evaluations Heun's method is 30 times as far off (digits, 100: 0.015 to 0.0005 bits/dim).
 
     Args:
         config, schedule: the process; prediction and learned_range (whose variances the ODE has no use for) are read.
         network: in eval mode, called with float32 t; differentiable in x. Its parameters should need no gradients.
         x: [N, C, H, W] at the data end, dequantised; the ODE is solved in its dtype.
         probes: [P, N, C, H, W] of draw_probes; the trajectory is the same for all.
-        num_steps: of the solver, two network evaluations each.
+        num_steps: of the solver, four network evaluations each.
 
     Returns:
         [P, N] in the dtype of x: the log density by each probe.
@@ -94,19 +98,27 @@ def ode_log_likelihood(
     """
     if num_steps < 1:
         raise ConfigError(f"steps is {num_steps}: it must be at least 1")
-    log_snr, times = _path(schedule)
-    grid = np.linspace(log_snr[0], log_snr[-1], num_steps + 1)
-    at = np.interp(-grid, -log_snr, times)  # np.interp wants what rises
+    path = _path(schedule)
+    grid = np.linspace(path[0][0], path[0][-1], num_steps + 1)
     probes = probes.to(x.dtype)
     total = torch.zeros(probes.shape[:2], dtype=x.dtype, device=x.device)
     for i in range(num_steps):
         step = grid[i + 1] - grid[i]
-        slope, divergence = _field(config, network, x, probes, grid[i], at[i])
-        ahead = _field(config, network, x + step * slope, probes, grid[i + 1], at[i + 1])
-        x = x + step / 2 * (slope + ahead[0])
-        total = total + step / 2 * (divergence + ahead[1])
+        increments: list[tuple[Tensor, Tensor]] = []
+        for share, weight in _RUNGE_KUTTA:
+            log_snr = grid[i] + share * step
+            place = x + share * step * increments[-1][0] if increments else x
+            slope, divergence = _field(config, network, place, probes, log_snr, _time(path, log_snr))
+            increments.append((slope, divergence))
+            total = total + weight * step * divergence
+        x = x + sum(weight * step * slope for (_, weight), (slope, _) in zip(_RUNGE_KUTTA, increments, strict=True))
     log_normal = -0.5 * (x**2 + math.log(2 * math.pi)).flatten(1).sum(1)
     return log_normal + total
+
+
+def _time(path: tuple[np.ndarray, np.ndarray], log_snr: float) -> float:
+    nodes, times = path
+    return float(np.interp(-log_snr, -nodes, times))  # np.interp wants what rises
 
 
 def _path(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:

@@ -59,7 +59,8 @@ def vlb_constants(config: "ProcessConfig", schedule: NoiseSchedule) -> Array:
     Nothing with fixed_small, and nothing at index 0.
     """
     log_ratio: Array = schedule.posterior_log_variance - np.log(schedule.variance(config.variance))
-    return schedule.num_timesteps * 0.5 * (np.expm1(log_ratio) - log_ratio)
+    kl: Array = 0.5 * (np.expm1(log_ratio) - log_ratio)
+    return schedule.num_timesteps * kl
 
 
 def _x_0_error(config: "ProcessConfig", schedule: NoiseSchedule) -> Array:

@@ -170,6 +170,12 @@ def _check_labels(config: Config, data: ImageData) -> Iterator[str]:
         read += len(rows)
     if found.late:
         yield f"{config.data.source}: reading labels takes long; only {read:,} were checked"
+    if unlabelled and config.conditional and not config.diffusion.label_dropout:
+        raise DataError(
+            f"{config.data.source}: {unlabelled:,} of {read:,} images have no label, and the run is conditional: hide "
+            "some labels with --diffusion.label-dropout, whose class of its own they then get, or filter them out with "
+            "--data.filter"
+        )
     if unlabelled:
         some = f"{read:,} checked" if config.data.streaming else f"the first {read:,}"
         among = f"{read:,}" if read == data.num_images else some

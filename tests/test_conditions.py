@@ -4,6 +4,9 @@ Everything is addressed by position, so a run with all of it goes on bitwise.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastddpm.checkpoint import Checkpoints
-from fastddpm.config import Config, preset
+from fastddpm.config import Config, preset, to_dict
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
 from fastddpm.errors import ConfigError, DataError
 from fastddpm.pipeline import load_pipeline
@@ -21,6 +24,7 @@ from fastddpm.step import TrainStep
 from fastddpm.trainer import Trainer
 from fastddpm.unet import UNet
 
+ROOT = Path(__file__).parents[1]
 EVERYTHING = {
     "num_timesteps": 5,  # few, so that loss-aware timesteps soon have a history to go by
     "prediction": "v",
@@ -190,3 +194,26 @@ def test_conditional_without_classes_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=words):
             Trainer(small(tmp_path / "run", **changes))
+
+
+def test_two_processes_draw_the_same_timesteps_and_lose_alike(whole: Path, tmp_path: Path) -> None:
+    """Loss-aware timesteps depend on the losses of all processes; half way the two become one."""
+    run, script = tmp_path / "run", tmp_path / "train.py"
+    script.write_text(
+        "import json, sys\n"
+        "from fastddpm.config import Config, from_dict\n"
+        "from fastddpm.trainer import Trainer\n"
+        "Trainer(from_dict(Config, json.loads(sys.argv[1]))).train()\n"
+    )
+    config = to_dict(small(run, steps=6, accumulation=2))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([*launcher, str(script), json.dumps(config)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    Trainer(small(run)).train()
+    for a, b in zip(records(whole), records(run), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["loss_quartiles"] == pytest.approx(b["loss_quartiles"], rel=1e-4)
+    one, two = (Checkpoints(r).load(Checkpoints(r).all()[-1]).optimizer["loss history/losses"] for r in (whole, run))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

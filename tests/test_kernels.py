@@ -12,7 +12,17 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from kernel_checks import DEVICE, check_close, check_op, in_float64, of_tensors, one_sample, outputs
+from kernel_checks import (
+    DEVICE,
+    FAST_USUAL,
+    FAST_WORST,
+    check_close,
+    check_op,
+    in_float64,
+    of_tensors,
+    one_sample,
+    outputs,
+)
 
 import fastddpm_kernels as fk
 from fastddpm_kernels import OPS, Case, Op, Stream, launch, philox
@@ -36,6 +46,9 @@ GOLDEN_NORMALS = [
     [0.34597925, -0.52488841, -0.29130756, 0.39552536],
     [-0.16432418, -0.27395327, -1.20920664, 0.68803043],
 ]
+
+# Golden values of a plain step: seed 1234, image 7, step 0.
+GOLDEN_STEP = [0.69693208, -0.97090203, 0.23654932, 1.62749326]
 
 
 # ---- The addresses and the words
@@ -125,6 +138,18 @@ def test_memory_format_changes_no_value(impl: str) -> None:
     assert torch.equal(plain, last) and last.is_contiguous(memory_format=torch.channels_last)
     flat = fk.draw_normal(ordinals, **{**kwargs, "shape": (1, 1, 96)}).view(2, 4, 8, 3).permute(0, 3, 1, 2)
     assert torch.equal(plain, flat), "elements are counted in H, W, C order"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_uniforms_are_at_their_addresses(impl: str) -> None:
+    """(word k of quad q >> 8) 2^-24 is element 4 q + k, exactly, also of long rows and high words of the ordinal."""
+    ordinals = torch.tensor([0, 5, 2**32 + 5, 2**62 + 2**33 + 9], device=DEVICE)
+    c1, c2 = ordinals.cpu()[:, None] & 0xFFFFFFFF, ordinals.cpu()[:, None] >> 32
+    for num in (1, 4, 10, 33001):
+        words = fk.philox_words(2**62 + 1, torch.arange(-(-num // 4)), c1, c2, int(Stream.AUGMENT))
+        expected = (torch.stack(words, -1).flatten(1)[:, :num] >> 8).double() * 2.0**-24
+        made = fk.draw_uniform(ordinals, num, seed=2**62 + 1, stream=Stream.AUGMENT, impl=impl)
+        assert made.dtype == torch.float32 and torch.equal(made.cpu().double(), expected)
 
 
 # ---- Every op against its reference
@@ -290,6 +315,137 @@ def test_dropout_gradient(impl: str) -> None:
     assert fk.dropout(x, 0.0, kwargs["ordinals"], layer=0, seed=0) is x
 
 
+# ---- The reverse step and the losses against their formulas
+
+
+def assert_same(x: Any, y: Any) -> None:
+    """Bitwise on a CPU; a GPU's compiler may fuse a multiply-add of one variant's kernel and not of another's."""
+    torch.testing.assert_close(x, y, rtol=0.0, atol=0.0 if DEVICE == "cpu" else 1e-6)
+
+
+def step_by_definition(kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The reverse step as its module's docstring has it, in float64: x_next, x_0_hat and the next history."""
+    row = dict(zip(fk.REVERSE_COLUMNS, kwargs["coefficients"].double()[int(kwargs["row"])].tolist(), strict=True))
+    x, prediction = kwargs["x_t"].double(), kwargs["prediction"].double()
+    h1, h2 = (*(h.double() for h in kwargs.get("history", ())), 0.0, 0.0)[:2]
+    if "guide" in kwargs:
+        guide = kwargs["guide"].double()
+        prediction = guide + row["W"] * (prediction - guide)
+    shape = (x.shape[1], x.shape[2], x.shape[3])
+    z = kwargs.get("noise")
+    if z is None:
+        where: dict[str, Any] = {"seed": kwargs["seed"], "stream": Stream.Z, "step": int(kwargs["row"])}
+        z = fk.draw_normal(kwargs["images"], shape, **where, dtype=torch.float64, impl="reference")
+    deviation = 1.0
+    if "variance" in kwargs:
+        frac = (kwargs["variance"].double() + 1.0) / 2.0
+        deviation = (frac * row["log_max"] + (1.0 - frac) * row["log_min"]).exp().sqrt()
+    x_0 = (row["A"] * x + row["B"] * prediction).clamp(row["lo"], row["hi"])
+    noise = row["F"] * deviation * z.double() if row["F"] else 0.0
+    return (
+        row["C"] * x_0 + row["E"] * x + row["H"] * h1 + row["G"] * h2 + noise,
+        x_0,
+        row["P1"] * x_0 + row["Q1"] * x + row["R1"] * h1 + row["S1"] * h2,
+        row["P2"] * x_0 + row["Q2"] * x + row["R2"] * h1 + row["S2"] * h2,
+    )
+
+
+@pytest.mark.parametrize("variant", OPS["reverse_step"].variants)
+def test_reverse_step_is_its_definition(variant: str) -> None:
+    kwargs = OPS["reverse_step"].example(Case((2, 3, 5, 4), channels_last=True, device=DEVICE, variant=variant))
+    kwargs["return_x_0"] = True
+    made = outputs(fk.reverse_step(**in_float64(kwargs), impl="reference"))
+    assert len(made) == 2 + len(kwargs.get("history", ()))
+    for result, expected in zip(made, step_by_definition(kwargs), strict=False):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_golden_step(impl: str) -> None:
+    """A plain step of before there was guidance or history: to the last bits of fp32."""
+    kwargs = OPS["reverse_step"].example(Case((1, 1, 1, 4), device=DEVICE, variant="noisy"))
+    kwargs |= {"images": torch.tensor([7], device=DEVICE), "seed": 1234, "row": torch.tensor(0, device=DEVICE)}
+    kwargs["x_t"] = torch.tensor([0.5, -1.0, 0.25, 2.0], device=DEVICE).view(1, 1, 1, 4)
+    kwargs["prediction"] = torch.tensor([-0.25, 0.5, 1.0, -3.0], device=DEVICE).view(1, 1, 1, 4)
+    first = torch.tensor([1.5, -0.75, 0.3, 0.7, 9.0, 0.125, -1.0, 1.0], device=DEVICE)
+    kwargs["coefficients"] = torch.nn.functional.pad(first, (0, 12), value=9.0)[None]
+    made = fk.reverse_step(**kwargs, impl=impl)
+    assert isinstance(made, torch.Tensor)
+    tolerance = 3e-7 if DEVICE == "cpu" else FAST_USUAL
+    torch.testing.assert_close(made.flatten().cpu(), torch.tensor(GOLDEN_STEP), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_reverse_step_returns(impl: str) -> None:
+    kwargs = OPS["reverse_step"].example(Case((2, 3, 4, 4), device=DEVICE, variant="h2-noiseless"))
+    history = kwargs.pop("history")
+    for num in range(3):
+        plain = fk.reverse_step(**kwargs, history=history[:num], impl=impl)
+        pair = fk.reverse_step(**{**kwargs, "return_x_0": True}, history=history[:num], impl=impl)
+        assert isinstance(pair, tuple) and isinstance(pair[1], torch.Tensor)
+        if num == 0:
+            assert isinstance(plain, torch.Tensor) and len(pair) == 2
+            assert_same(plain, pair[0])
+            continue
+        assert isinstance(plain, tuple) and plain[1] is None and len(plain) == len(pair) == 3
+        assert isinstance(plain[2], tuple) and len(plain[2]) == num
+        assert_same(outputs((plain[0], *plain[2])), outputs((pair[0], *pair[2])))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reverse_step_of_a_net_with_two_outputs(impl: str) -> None:
+    """Prediction and variance as the halves of one tensor give what copies of them give."""
+    for channels, channels_last in ((3, True), (3, False), (1, True), (1, False)):
+        case = Case((2, channels, 5, 7), torch.bfloat16, channels_last, DEVICE, "learned")
+        kwargs = OPS["reverse_step"].example(case)
+        both = case.place(torch.cat((kwargs["prediction"], kwargs["variance"]), dim=1))
+        halves = {"prediction": both[:, :channels], "variance": both[:, channels:]}
+        assert torch.equal(fk.reverse_step(**{**kwargs, **halves}, impl=impl), fk.reverse_step(**kwargs, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_weight_of_1_is_no_guidance_and_no_noise_is_none(impl: str) -> None:
+    """Bit for bit: W = 1 whatever the guide, F = 0 whatever the noise, and noisy=False where F is 0."""
+    kwargs = OPS["reverse_step"].example(Case((2, 3, 4, 8), device=DEVICE, variant="guided-learned"))
+    kwargs["coefficients"][:, fk.REVERSE_COLUMNS.index("W")] = 1.0
+    kwargs["coefficients"][:, fk.REVERSE_COLUMNS.index("F")] = 0.0
+    kwargs["guide"], kwargs["variance"] = kwargs["guide"] * 1e3, kwargs["variance"] * 1e3
+    made = fk.reverse_step(**kwargs, impl=impl)
+    del kwargs["guide"], kwargs["variance"]
+    assert_same(made, fk.reverse_step(**kwargs, impl=impl))
+    assert_same(made, fk.reverse_step(**{**kwargs, "noisy": False}, impl=impl))
+    assert_same(made, fk.reverse_step(**kwargs, noise=kwargs["x_t"] * 1e3, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["prediction", "guide", "variance", "x_t"])
+def test_a_nan_of_the_net_comes_out_as_one(impl: str, name: str) -> None:
+    kwargs = OPS["reverse_step"].example(Case((2, 3, 4, 8), device=DEVICE, variant="guided-learned"))
+    kwargs[name][1, 2, 3, 4] = math.nan
+    out = fk.reverse_step(**kwargs, impl=impl)
+    assert isinstance(out, torch.Tensor) and out.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_huber_between_square_and_absolute_value(impl: str) -> None:
+    """2 c (sqrt(d^2 + c^2) - c), which nears d^2 for large c and 2 c |d| for small; and its gradient."""
+    kwargs = OPS["diffusion_loss_and_grad"].example(Case((2, 1, 1, 8), device=DEVICE, variant="eps"))
+    shape, num = (1, 1, 8), 8
+    eps = fk.draw_normal(kwargs["ordinals"], shape, seed=kwargs["seed"], stream=Stream.EPS, dtype=torch.float64)
+    d = kwargs["prediction"].double() - eps
+    scale = float(kwargs["grad_scale"]) / num
+    for c in (1e-3, 0.3, 2.0, 1e4):
+        losses, grad = fk.diffusion_loss_and_grad(**kwargs, huber=c, impl=impl)
+        root = (d.square() + c * c).sqrt()
+        tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}
+        if DEVICE == "cuda":
+            tolerance["atol"] = 4 * FAST_WORST
+        torch.testing.assert_close(losses, (2 * c * d.square() / (root + c)).mean((1, 2, 3)), **tolerance)
+        torch.testing.assert_close(grad, scale * 2 * c * d / root, **tolerance)
+        assert bool((losses <= d.square().mean((1, 2, 3)) + tolerance["atol"]).all())
+        assert bool((losses <= 2 * c * d.abs().mean((1, 2, 3)) + tolerance["atol"]).all())
+
+
 # ---- Statistics of the noise
 
 
@@ -337,6 +493,21 @@ def test_timesteps_are_uniform_and_flips_fair() -> None:
     counts = torch.bincount(t, minlength=100).double()
     assert counts.numel() == 100 and ((counts - 1000) ** 2 / 1000).sum() < 99 + 5 * math.sqrt(2 * 99)
     assert abs(flip.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(100_000)
+
+
+def test_uniforms_are_uniform() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    x = fk.draw_uniform(torch.arange(4096), 33, seed=3, stream=Stream.AUGMENT).double()
+    assert x.min() >= 0.0 and x.max() < 1.0
+    assert stats.kstest(x.flatten().numpy(), "uniform").pvalue > 1e-3
+    centred = (x - 0.5) * math.sqrt(12.0)
+    assert abs(centred.mean()) < 4 / math.sqrt(x.numel()) and abs(centred.square().mean() - 1) < 4 / math.sqrt(
+        x.numel()
+    )
+    among = torch.corrcoef(centred.T)[~torch.eye(33, dtype=torch.bool)]
+    assert among.abs().max() < 5 / math.sqrt(4096)
+    other = fk.draw_uniform(torch.arange(4096), 33, seed=3, stream=Stream.LABEL).double()
+    assert abs((centred * (other - 0.5)).mean()) < 2 / math.sqrt(x.numel())
 
 
 def test_dropout_keeps_its_share() -> None:

@@ -98,6 +98,14 @@ def test_a_negative_number_is_no_label_unless_the_column_is_of_classes(tmp_path:
     ]
 
 
+def test_a_conditional_run_needs_labels_unless_it_hides_some(tmp_path: Path) -> None:
+    source = labelled(tmp_path / "a.parquet", [1, None, -1, 0, -1] * 2, ["a", "b"])
+    config = dataclasses.replace(config_of(source), conditional=True)
+    assert "6 of 10 images have no label, and the run is conditional" in one_line(lambda: checked(config, tmp_path))
+    hiding = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, label_dropout=0.1))
+    assert len(checked(hiding, tmp_path)) == 1
+
+
 def test_labels_of_every_stored_type_are_read(tmp_path: Path) -> None:
     for kind in (pa.bool_(), pa.int8(), pa.uint16(), pa.int64()):
         table = pa.table({"img": [png(picture(0))] * 4, "label": pa.array([0, 1, None, 1]).cast(kind)})

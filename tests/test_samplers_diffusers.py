@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastddpm.diffusion import PREDICTIONS, SPACINGS, NoiseSchedule, ProcessConfig, to_diffusers_scheduler
 from fastddpm.samplers import Sampler, coefficient_rows, timestep_spacing, to_uint8
+from fastddpm.solvers import COLUMNS, SAMPLERS, Table, make_table
 from fastddpm_kernels import Stream, draw_normal, reverse_step
 
 diffusers = pytest.importorskip("diffusers")
@@ -169,3 +171,134 @@ def test_the_loop_of_ddpm_pipeline_gives_our_images(
     assert ours.float().std() > 20
     difference = (ours.float() - theirs).abs()
     assert difference.max() <= 1, f"{difference.max()} levels"
+
+
+# Solvers with a history: the same network values and noise at every step, from the states of our own run.
+
+FACTS: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+
+
+def scheduler_of(sampler: str, prediction: str, num_steps: int) -> Any:
+    facts = FACTS | {"prediction_type": PREDICTION_TYPES[prediction]}
+    if sampler == "heun":
+        scheduler = diffusers.HeunDiscreteScheduler(use_karras_sigmas=True, timestep_spacing="linspace", **facts)
+    elif sampler == "unipc":
+        scheduler = diffusers.UniPCMultistepScheduler(timestep_spacing="trailing", **facts)
+    else:
+        kind = "sde-dpmsolver++" if sampler.endswith("sde") else "dpmsolver++"
+        scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type=kind, timestep_spacing="trailing", **facts)
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def value_of_net(x: Tensor, t: float) -> Tensor:
+    """A stand-in for a network, smooth and bounded."""
+    return 0.6 * x + 0.3 * torch.sin(2 * x + t / 300)
+
+
+def differences(table: Table, scheduler: Any, dtype: torch.dtype) -> list[tuple[float, float]]:
+    """Of each step its timestep and how far the next states are apart, in terms of the largest value."""
+    sampler_is_heun = table.evaluations == 2
+    images, x, found = numbers_of(3), normal(3), []
+    h = tuple(torch.zeros_like(x) for _ in range(table.num_history))
+    levels = [*table.alpha_bar.tolist(), 1.0]
+    rows = torch.tensor(table.rows)
+    assert len(scheduler.timesteps) == len(table.timesteps)
+    for i, t in enumerate(table.timesteps.tolist()):
+        assert float(scheduler.timesteps[i]) == pytest.approx(t, abs=1e-2)  # by log sigma, in float32
+        prediction = value_of_net(x, t)
+        z = draw_normal(images, SHAPE, seed=SEED, stream=Stream.Z, step=i, dtype=torch.float64)
+        # EDM's state is ours over sqrt(alpha_bar).
+        scale, next_scale = (levels[i] ** 0.5, levels[i + 1] ** 0.5) if sampler_is_heun else (1.0, 1.0)
+        options = {"variance_noise": z.to(dtype)} if "DPM" in type(scheduler).__name__ else {}
+        theirs = scheduler.step(prediction.to(dtype), scheduler.timesteps[i], (x / scale).to(dtype), **options)
+        x, _, h = reverse_step(x, prediction, rows, torch.tensor(i), images, seed=SEED, history=h)  # type: ignore[misc]
+        apart = (theirs.prev_sample.double() * next_scale - x).abs().max() / x.abs().max()
+        found.append((t, float(apart)))
+    return found
+
+
+def table_of(sampler: str, prediction: str, num_steps: int) -> Table:
+    levels = SAMPLERS[sampler].levels(HO, num_steps, "trailing")
+    return make_table(levels, sampler=sampler, prediction=prediction, clip_range=None)
+
+
+multistep = pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun"])
+
+
+@multistep
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_solvers_against_diffusers(sampler: str, prediction: str, num_steps: int) -> None:
+    """As they are, with tables in float32: below t = 50 alone these differ by more."""
+    table = table_of(sampler, prediction, num_steps)
+    for t, apart in differences(table, scheduler_of(sampler, prediction, num_steps), torch.float32):
+        assert apart < (2e-5 if t >= 50 else 1e-3), f"t = {t}: {apart}"
+
+
+def exact_scheduler(sampler: str, prediction: str, num_steps: int, table: Table) -> Any:
+    """diffusers' scheduler with our sigmas in float64."""
+    scheduler = scheduler_of(sampler, prediction, num_steps)
+    sigmas = torch.tensor(np.append(np.sqrt((1 - table.alpha_bar) / table.alpha_bar), 0.0))
+    torch.testing.assert_close(scheduler.sigmas.double(), sigmas, rtol=2e-4, atol=0)
+    scheduler.sigmas = sigmas
+    return scheduler
+
+
+@multistep
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_solvers_with_the_tables_of_diffusers_replaced(sampler: str, prediction: str) -> None:
+    """To 1e-9 down to t = 0; their multistep DPM-Solver takes its steps in float32 whatever it is given."""
+    table = table_of(sampler, prediction, 20)
+    found = differences(table, exact_scheduler(sampler, prediction, 20, table), torch.float64)
+    assert max(apart for _, apart in found) < (2e-6 if sampler.startswith("dpm") else 1e-9), found
+
+
+@multistep
+@pytest.mark.parametrize("column, factor", [("C", 1.0001), ("E", 1.0001), ("H", -1.0), ("P1", 1.001)])
+def test_planted_bugs_are_seen_by_diffusers(sampler: str, column: str, factor: float) -> None:
+    table = table_of(sampler, "v", 20)
+    i = COLUMNS.index(column)
+    if not table.rows[2:-2, i].any():
+        return  # this solver has none
+    rows = table.rows.copy()
+    rows[2:-2, i] *= factor
+    found = differences(replace(table, rows=rows), scheduler_of(sampler, "v", 20), torch.float32)
+    assert max(apart for t, apart in found if t >= 50) > 2e-5
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("num_steps", [50, 20])
+def test_inversion_against_diffusers(num_steps: int, prediction: str) -> None:
+    facts = FACTS | {"prediction_type": PREDICTION_TYPES[prediction], "clip_sample": False}
+    plain, exact = (diffusers.DDIMInverseScheduler(timestep_spacing="trailing", **facts) for _ in range(2))
+    exact.alphas_cumprod = torch.tensor(HO.alpha_bar)
+    for scheduler in (plain, exact):
+        scheduler.set_timesteps(num_steps)
+    table = table_of("ddim_inverse", prediction, num_steps)
+    assert table.timesteps.tolist() == exact.timesteps.tolist()
+    rows, images = torch.tensor(table.rows), numbers_of(3)
+    for i, t in enumerate(table.timesteps.tolist()):
+        x, value = normal(3), normal(3, 1)
+        if i == 0 and prediction != "eps":
+            continue  # they take the image for noise of no size: v counts differently then, and x_0 is divided by 0
+        ours = reverse_step(x, value, rows, torch.tensor(i), images, seed=SEED)
+        truth = exact.step(value, t, x).prev_sample
+        single = plain.step(value.float(), t, x.float()).prev_sample.double()
+        scale = float(truth.abs().max())
+        assert isinstance(ours, Tensor)
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-9 * max(scale, 1))
+        if t >= 50:
+            torch.testing.assert_close(ours, single, rtol=0, atol=2e-5 * scale)
+
+
+def test_dynamic_thresholds_against_diffusers() -> None:
+    scheduler = diffusers.DDIMScheduler(
+        thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9, prediction_type="sample", **FACTS
+    )
+    scheduler.set_timesteps(4)
+    x_t = 2 * normal(3).float()
+    sampler = Sampler(lambda x, t: 1.5 * x, HO, num_steps=4, prediction="x_0", sampler="ddim", dynamic_threshold=0.9)
+    theirs = scheduler.step(1.5 * x_t, int(sampler.timesteps[1]), x_t).pred_original_sample
+    torch.testing.assert_close(sampler.step(1, x_t, numbers_of(3)).x_0_hat, theirs, rtol=0, atol=1e-6)

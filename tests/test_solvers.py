@@ -1,4 +1,4 @@
-"""Tables of solvers: orders of convergence with exact oracles, marginals, moments, zero terminal SNR; all in float64."""
+"""Tables of solvers in float64: orders of convergence with exact oracles, marginals, moments, zero terminal SNR."""
 
 import itertools
 import math
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import moments, run
 
 import fastddpm_kernels
 from fastddpm import solvers
@@ -22,27 +23,12 @@ HO = NoiseSchedule.from_name("linear", 1000)
 ZERO_SNR = SimpleNamespace(num_timesteps=10, alpha_bar=np.append(np.linspace(0.99, 0.05, 9), 0.0))
 # Images that are one number: two narrow modes, one twice as likely.
 WEIGHTS, MEANS, DEVIATION = np.array([2 / 3, 1 / 3]), np.array([-0.6, 0.8]), 0.25
-SECOND_ORDER = ["dpmpp_2m", "heun", "unipc"]
+# UniPC-2 has the corrector's order, one above its predictor's (Zhao et al. 2023, theorem 3.1).
+ORDERS = {"ddim": 1, "dpmpp_2m": 2, "heun": 2, "unipc": 3}
 
 
 def test_columns_are_the_kernel_s() -> None:
     assert fastddpm_kernels.REVERSE_COLUMNS == COLUMNS
-
-
-def run(table: Table, oracle: Callable[[Array, float], Array], x: Array, z: Array | None = None) -> list[Array]:
-    """States before each row and after the last, as the fused step makes them from an oracle of x_0."""
-    h1, h2, states = np.zeros_like(x), np.zeros_like(x), [x]
-    for i, row in enumerate(table.rows):
-        at = dict(zip(COLUMNS, row, strict=True))
-        x_0 = oracle(x, table.alpha_bar[i])
-        noise = 0 if z is None else at["F"] * z[i]
-        x, h1, h2 = (
-            at["C"] * x_0 + at["E"] * x + at["H"] * h1 + at["G"] * h2 + noise,
-            at["P1"] * x_0 + at["Q1"] * x + at["R1"] * h1 + at["S1"] * h2,
-            at["P2"] * x_0 + at["Q2"] * x + at["R2"] * h1 + at["S2"] * h2,
-        )
-        states.append(x)
-    return states
 
 
 def mixture_oracle(x: Array, alpha_bar: float) -> Array:
@@ -61,9 +47,9 @@ def gaussian_oracle(x: Array, alpha_bar: float) -> Array:
     return MEANS[0] + math.sqrt(alpha_bar) * DEVIATION**2 / variance * (x - math.sqrt(alpha_bar) * MEANS[0])
 
 
-def even(num: int) -> Levels:
+def even(num: int, last: float = 3.0) -> Levels:
     """Levels evenly spaced in lambda from almost pure noise to almost an image: the same ends for any number."""
-    lam = np.linspace(-4, 3, num)
+    lam = np.linspace(-4, last, num)
     alpha_bar = 1 / (1 + np.exp(-2 * lam))
     return Levels(np.linspace(900.0, 10.0, num), alpha_bar, HO.alpha_bar, num)
 
@@ -118,14 +104,10 @@ def test_the_oracle_s_flow_is_right_for_a_gaussian() -> None:
     assert np.allclose(flow(flow(START, first, last), last, first), START, atol=1e-6)
 
 
-def test_ddim_is_of_first_order() -> None:
-    assert order_of("ddim") == pytest.approx(1, abs=0.1)
-
-
-@pytest.mark.parametrize("sampler", SECOND_ORDER)
-def test_order_two(sampler: str) -> None:
-    assert order_of(sampler) == pytest.approx(2, abs=0.2)
-    assert error_of(sampler, 41) < 0.25 * error_of("ddim", 41)
+@pytest.mark.parametrize("sampler", ORDERS)
+def test_orders(sampler: str) -> None:
+    assert order_of(sampler) == pytest.approx(ORDERS[sampler], abs=0.2)
+    assert sampler == "ddim" or error_of(sampler, 41) < 0.25 * error_of("ddim", 41)
 
 
 def test_the_corrector_pays() -> None:
@@ -151,15 +133,15 @@ def wrong(name: str, factor: float) -> Callable[[Table], None]:
     ],
 )
 def test_planted_bugs_lose_the_order(sampler: str, change: Callable[[Table], None]) -> None:
-    assert not order_of(sampler, change) == pytest.approx(2, abs=0.2)
+    assert order_of(sampler, change) != pytest.approx(ORDERS[sampler], abs=0.2)
 
 
-def test_h_over_the_h_before_upside_down_loses_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evenly spaced lambdas cannot tell; timesteps of the schedule can."""
-    bent = 4 * (np.linspace(0, 1, 161) ** 2)
+def test_steps_taken_for_equal_lose_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly spaced lambdas cannot tell, and smooth ones hardly: every other step is three times as long here."""
 
     def levels(num: int) -> Levels:
-        alpha_bar = 1 / (1 + np.exp(-2 * (bent[:: 160 // (num - 1)] - 2)))
+        steps = np.where(np.arange(num - 1) % 2, 3.0, 1.0)
+        alpha_bar = 1 / (1 + np.exp(-2 * (np.append(0, np.cumsum(steps)) * 7 / steps.sum() - 4)))
         return Levels(np.linspace(900.0, 10.0, num), alpha_bar, HO.alpha_bar, num)
 
     truth = flow(START, levels(41).alpha_bar[0], levels(41).alpha_bar[-1])
@@ -173,34 +155,13 @@ def test_h_over_the_h_before_upside_down_loses_the_order(monkeypatch: pytest.Mon
         ]
         return math.log2(errors[0] / errors[1])
 
-    for sampler in SECOND_ORDER:
-        assert order(sampler) == pytest.approx(2, abs=0.25), sampler
+    for sampler, expected in ORDERS.items():
+        assert order(sampler) == pytest.approx(expected, abs=0.25), sampler
     right = solvers._multistep
 
-    def upside_down(levels: Levels) -> tuple[Array, Array, Array, Array]:
-        decay, signal, h, ratio = right(levels)
-        return decay, signal, h, np.divide(1, ratio, out=np.zeros_like(ratio), where=ratio > 0)
-
-    monkeypatch.setattr(solvers, "_multistep", upside_down)
+    monkeypatch.setattr(solvers, "_multistep", lambda levels: (*right(levels)[:3], np.sign(right(levels)[3])))
     for sampler in ("dpmpp_2m", "unipc"):
-        assert order(sampler) < 1.6, sampler
-
-
-def moments(table: Table, mean: float, variance: float) -> tuple[float, float]:
-    """Mean and variance of the result for x of these moments and Gaussian data, exactly: every row is affine."""
-    m, covariance = np.array([mean, 0.0, 0.0]), np.diag([variance, 0.0, 0.0])
-    for i, row in enumerate(table.rows):
-        at = dict(zip(COLUMNS, row, strict=True))
-        a = table.alpha_bar[i]
-        gain = math.sqrt(a) * DEVIATION**2 / (a * DEVIATION**2 + 1 - a)
-        offset = MEANS[0] * (1 - gain * math.sqrt(a))
-        by_x_0 = np.array([at["C"], at["P1"], at["P2"]])
-        matrix = np.array([[at[c] for c in names] for names in (("E", "H", "G"), ("Q1", "R1", "S1"), ("Q2", "R2", "S2"))])
-        matrix[:, 0] += gain * by_x_0
-        m = matrix @ m + offset * by_x_0
-        covariance = matrix @ covariance @ matrix.T
-        covariance[0, 0] += at["F"] ** 2
-    return float(m[0]), float(covariance[0, 0])
+        assert order(sampler) < ORDERS[sampler] - 0.4, sampler
 
 
 NOISY: list[dict[str, Any]] = [
@@ -218,24 +179,22 @@ NOISY: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", NOISY, ids=lambda o: "-".join(map(str, o.values())))
 def test_the_distribution_is_reached(options: dict[str, Any]) -> None:
-    """Mean and variance of the result go to the data's as the steps get smaller."""
+    """Mean and variance of the result go to the data's as the steps get smaller, in proportion or faster."""
     errors = []
     for num in (100, 400):
-        levels = even(num)
+        levels = even(num, last=7.0)  # sigma 0.001, so that the last step is no matter
         a = levels.alpha_bar[0]
         start = math.sqrt(a) * MEANS[0], a * DEVIATION**2 + 1 - a
-        mean, variance = moments(make_table(levels, prediction="x_0", **options), *start)
+        mean, variance = moments(make_table(levels, prediction="x_0", **options), *start, MEANS[0], DEVIATION)
         errors.append(max(abs(mean - MEANS[0]), abs(math.sqrt(variance) - DEVIATION)))
-    # What is left is the last step's, from sigma 0.05 to 0, in the samplers without noise.
-    assert errors[1] < 0.006 and errors[1] < errors[0] + 1e-3, errors
+    assert errors[1] < 0.02 * DEVIATION and errors[1] < 0.3 * errors[0] + 1e-5, errors
 
 
 @pytest.mark.parametrize("options", [{"sampler": "dpmpp_2m_sde"}, {"sampler": "heun", "churn": 20.0}])
 def test_a_wrong_factor_of_the_noise_misses_the_variance(options: dict[str, Any]) -> None:
-    levels = even(400)
-    table = make_table(levels, prediction="x_0", temperature=1.1, **options)
-    _, variance = moments(table, 0.0, 1.0)
-    assert abs(math.sqrt(variance) - DEVIATION) > 0.006
+    table = make_table(even(400, last=7.0), prediction="x_0", temperature=1.1, **options)
+    _, variance = moments(table, 0.0, 1.0, MEANS[0], DEVIATION)
+    assert abs(math.sqrt(variance) - DEVIATION) > 0.02 * DEVIATION
 
 
 def test_sde_2m_is_better_than_first_order() -> None:
@@ -245,7 +204,7 @@ def test_sde_2m_is_better_than_first_order() -> None:
         levels = even(60)
         a = levels.alpha_bar[0]
         table = make_table(levels, sampler=sampler, prediction="x_0", variance="fixed_small")
-        _, variance = moments(table, math.sqrt(a) * MEANS[0], a * DEVIATION**2 + 1 - a)
+        _, variance = moments(table, math.sqrt(a) * MEANS[0], a * DEVIATION**2 + 1 - a, MEANS[0], DEVIATION)
         return abs(math.sqrt(variance) - DEVIATION)
 
     assert error("dpmpp_2m_sde") < 0.4 * error("ddpm")
@@ -285,33 +244,20 @@ def test_with_one_image_every_solver_returns_it(sampler: str) -> None:
 
 
 def test_inversion_and_ddim_return() -> None:
-    """From an image to its x_T and back, the better the more steps; by far better than with another network."""
+    """From an image to its x_T and back, the better the more steps."""
     images = np.linspace(-0.9, 1.1, 9)
     errors = []
     for num in (50, 400):
         levels = Levels.at(HO, timestep_spacing(1000, num))
-        options = {"prediction": "x_0", "clip_range": None}
-
-        def told(x: Array, alpha_bar: float, table: Table) -> Array:
-            i = int(np.flatnonzero(table.alpha_bar == alpha_bar)[0])
-            # The network is shown x of one level and told the next: read as at the level of x, by its eps.
-            level = HO.alpha_bar[table.timesteps[i]]
-            estimate = mixture_oracle(x, level)
-            eps = (x - math.sqrt(level) * estimate) / math.sqrt(1 - level)
-            own = level if i == 0 else alpha_bar
-            return (x - math.sqrt(1 - own) * eps) / math.sqrt(own)
-
-        inverse = make_table(levels, sampler="ddim_inverse", **options)
-        assert (np.diff(inverse.timesteps) > 0).all()
-        # Of the first row the level is that of its first timestep, as of the second.
-        x, xs = images, []
-        for i, row in enumerate(inverse.rows):
+        inverse = make_table(levels, sampler="ddim_inverse", clip_range=None)
+        assert inverse.timesteps.tolist() == levels.t[::-1].tolist()
+        x = images
+        for t, row in zip(inverse.timesteps, inverse.rows, strict=True):
             at = dict(zip(COLUMNS, row, strict=True))
-            level = HO.alpha_bar[inverse.timesteps[i]]
+            level = HO.alpha_bar[t]  # what the network is told, though x is of the level before
             eps = (x - math.sqrt(level) * mixture_oracle(x, level)) / math.sqrt(1 - level)
-            x = at["C"] * (x - math.sqrt(1 - inverse.alpha_bar[i]) * eps) / math.sqrt(inverse.alpha_bar[i]) + at["E"] * x
-            xs.append(x)
-        back = run(make_table(levels, sampler="ddim", **options), mixture_oracle, x)[-1]
+            x = at["C"] * (at["A"] * x + at["B"] * eps) + at["E"] * x
+        back = run(make_table(levels, sampler="ddim", clip_range=None), mixture_oracle, x)[-1]
         errors.append(float(np.abs(back - images).max()))
     assert errors[1] < 0.02 and errors[1] < 0.3 * errors[0], errors
 
@@ -487,7 +433,7 @@ def test_a_start_further_down_keeps_its_rows() -> None:
         assert np.array_equal(part[2:], whole[6:]) and not np.array_equal(part[0], whole[4])
     churned = solvers.karras(HO, 12, "trailing")
     whole, part = (make_table(part, sampler="heun", churn=6.0).rows for part in (churned, churned.start(4)))
-    assert np.allclose(part[1:], whole[9:], rtol=1e-12)
+    assert np.allclose(part[2:], whole[10:], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -643,3 +643,57 @@ def test_the_address_reaches_a_net_inside_distributed_data_parallel(tmp_path: Pa
         del wrapped, output
     finally:
         torch.distributed.destroy_process_group()
+
+
+TOLD = dataclasses.replace(TINY, augment_channels=9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_class_embeds": 10}, {"resnet_time_scale_shift": "scale_shift"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_told_of_no_augmentation_a_net_is_bitwise_the_net_that_cannot_be_told(
+    changes: dict, dtype: torch.dtype
+) -> None:
+    """Not told, told zeros, and without the layer, as diffusers loads it: an augmentation cannot leak into samples."""
+    net, plain = UNet(dataclasses.replace(TOLD, **changes)), UNet(dataclasses.replace(TINY, **changes))
+    randomise(net)
+    weights = {name: tensor for name, tensor in net.state_dict().items() if name != "augment_embedding.weight"}
+    plain.load_state_dict(weights, strict=True)
+    net.compute_dtype = plain.compute_dtype = dtype
+    x_t, t, labels = example(plain.config, 4, torch.float32)
+    zeros = torch.zeros(4, 9)
+    with torch.no_grad():
+        outputs = [net(x_t, t, labels)[0], net(x_t, t, labels, augment=zeros)[0], plain(x_t, t, labels)[0]]
+        told = net(x_t, t, labels, augment=zeros + torch.eye(4, 9))[0]
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert all(torch.equal(output.view(bits), outputs[0].view(bits)) for output in outputs)
+    assert all(not torch.equal(a, b) for a, b in zip(told, outputs[0], strict=True))
+
+
+def test_a_net_that_can_be_told_starts_as_the_net_that_cannot() -> None:
+    told, plain = UNet(TOLD, seed=3).state_dict(), UNet(TINY, seed=3).state_dict()
+    assert not told.pop("augment_embedding.weight").any()
+    assert told.keys() == plain.keys() and all(torch.equal(told[name], plain[name]) for name in plain)
+    assert TOLD.to_diffusers() == TINY.to_diffusers()
+
+
+def test_what_a_net_is_told_has_a_gradient_from_the_start() -> None:
+    net = UNet(TOLD, seed=3)
+    assert net.augment_embedding is not None
+    x_t, t, _ = example(TOLD, 4, torch.float32)
+    augment = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    augment[:, 2] = 0
+    prediction = net(x_t, t, augment=augment)[0]
+    prediction.backward(torch.randn(prediction.shape, generator=torch.Generator().manual_seed(1)))
+    gradient = net.augment_embedding.weight.grad
+    assert gradient is not None and gradient[:, 2].abs().max() == 0
+    assert all(gradient[:, i].abs().max() > 0 for i in range(9) if i != 2)
+
+
+def test_an_augmentation_of_another_shape_or_not_wanted_is_refused() -> None:
+    x_t, t, _ = example(TINY, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"augment has shape \(4, 9\): the net takes none"):
+        UNet(TINY)(x_t, t, augment=torch.zeros(4, 9))
+    with pytest.raises(ValueError, match=r"augment has shape \(1, 9\): the net takes \(4, 9\)"):
+        UNet(TOLD)(x_t, t, augment=torch.zeros(1, 9))
+    with pytest.raises(ConfigError, match="augment_channels is -1"):
+        dataclasses.replace(TINY, augment_channels=-1)
