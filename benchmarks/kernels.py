@@ -54,6 +54,10 @@ def plain_draw_normal(ordinals: Tensor, shape: tuple[int, int, int], dtype: torc
     return torch.randn(ordinals.shape[0], *shape, dtype=dtype, device=ordinals.device)
 
 
+def plain_draw_uniform(ordinals: Tensor, num: int, **_: Any) -> Tensor:
+    return torch.rand(ordinals.shape[0], num, device=ordinals.device)
+
+
 def plain_image(x_0: Tensor, flip: Tensor | None) -> Tensor:
     x = x_0.float() / 127.5 - 1.0 if x_0.dtype == torch.uint8 else x_0.float()
     return x if flip is None else torch.where(flip[:, None, None, None], x.flip(-1), x)
@@ -85,6 +89,7 @@ def plain_diffusion_loss(
     x_0: Tensor | None = None,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
+    huber: float | None = None,
     grad_scale: Tensor | None = None,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -95,7 +100,11 @@ def plain_diffusion_loss(
             scale, sigma = (table[t][:, None, None, None] for table in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar))
             goal = scale * noise - sigma * goal
     error = prediction.float() - goal
-    losses = error.square().mean(dim=(1, 2, 3))
+    values = error.square()
+    if huber is not None:
+        root = (values + huber**2).sqrt()
+        values, error = 2.0 * huber * (root - huber), error * (huber / root)
+    losses = values.mean(dim=(1, 2, 3))
     losses = losses if weights is None else losses * weights
     if grad_scale is None:
         return losses
@@ -110,12 +119,31 @@ def plain_reverse_step(
     coefficients: Tensor,
     row: Tensor,
     return_x_0: bool,
+    noisy: bool,
+    history: tuple[Tensor, ...] = (),
+    guide: Tensor | None = None,
+    variance: Tensor | None = None,
     noise: Tensor | None = None,
     **_: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    a, b, c, e, _h, f, low, high = coefficients.index_select(0, row.reshape(1))[0].unbind()
-    x_0_hat = (a * x_t + b * prediction.float()).clamp(low, high)
-    out = c * x_0_hat + e * x_t + f * (torch.randn_like(x_t) if noise is None else noise)
+) -> Any:
+    columns = coefficients.index_select(0, row.reshape(1))[0].unbind()
+    a, b, c, e, h, f, low, high, w, log_min, log_max, g, *carried = columns
+    predicted = prediction.float()
+    if guide is not None:
+        predicted = torch.lerp(guide.float(), predicted, w)
+    x_0_hat = (a * x_t + b * predicted).clamp(low, high)
+    out = c * x_0_hat + e * x_t
+    for factor, past in zip((h, g), history, strict=False):
+        out = out + factor * past
+    if noisy:
+        if variance is not None:
+            f = f * (0.5 * torch.lerp(log_min, log_max, 0.5 * (variance.float() + 1))).exp()
+        out = out + f * (torch.randn_like(x_t) if noise is None else noise)
+    if history:
+        rows = (carried[:4], carried[4:])[: len(history)]
+        values = (x_0_hat, x_t, *history)
+        carried_on = tuple(sum(k * v for k, v in zip(row_, values, strict=False)) for row_ in rows)
+        return out, x_0_hat if return_x_0 else None, carried_on
     return (out, x_0_hat) if return_x_0 else out
 
 
@@ -165,6 +193,7 @@ def norm_reference(**kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
 RIVALS: dict[str, Callable[..., Any]] = {
     "draw_timesteps": plain_draw_timesteps,
     "draw_normal": plain_draw_normal,
+    "draw_uniform": plain_draw_uniform,
     "add_noise": plain_add_noise,
     "diffusion_loss": plain_diffusion_loss,
     "diffusion_loss_and_grad": plain_diffusion_loss,
@@ -179,7 +208,7 @@ LEAVES = {
     "group_norm_silu": ("x", "weight", "bias", "add", "residual", "skip", "scale", "shift"),
 }
 # Ops whose results are random numbers alone: a rival's are other numbers, and there is nothing to compare.
-DRAWS = ("draw_timesteps", "draw_normal", "dropout")
+DRAWS = ("draw_timesteps", "draw_normal", "draw_uniform", "dropout")
 FAST_NORMALS = ("add_noise", "diffusion_loss", "diffusion_loss_and_grad", "reverse_step", "draw_normal")
 
 
@@ -264,11 +293,13 @@ def workloads(device: str) -> list[Workload]:
         ("diffusion_loss", "eps", low, True, True),
         ("diffusion_loss_and_grad", "eps", low, True, False),
         ("diffusion_loss_and_grad", "v-flip-weighted", low, True, False),
-        ("reverse_step", "noisy", low, True, False),
+        ("diffusion_loss_and_grad", "eps-huber", low, True, False),
+        *(("reverse_step", variant, low, True, False) for variant in ("noisy", "guided", "learned", "h1-noiseless")),
     )
     both = (False, True)
     return [
         Workload("draw_timesteps", "", sizes[-1], torch.float32),
+        Workload("draw_uniform", "", sizes[0], torch.float32),
         *(Workload(op, variant, size, dtype, *how) for size in sizes for op, variant, dtype, *how in image_ops),
         *(Workload("dropout", "p=0.1", size, low, True, backward) for size in hidden for backward in both),
         *(Workload("group_norm_silu", *norm, low, True, backward) for norm in norms for backward in both),
@@ -276,7 +307,21 @@ def workloads(device: str) -> list[Workload]:
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+    """The results as a flat tuple, without the None of one that was not asked for."""
+    if isinstance(result, tuple):
+        return tuple(x for each in result for x in as_tuple(each))
+    return () if result is None else (result,)
+
+
+def of_tensors(function: Callable[[Tensor], Tensor], kwargs: Kwargs) -> Kwargs:
+    """The arguments with the function of each tensor, and of the tensors in a tuple."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(of, value))
+        return function(value) if isinstance(value, Tensor) else value
+
+    return {key: of(value) for key, value in kwargs.items()}
 
 
 def noise_of(op: Op, kwargs: Kwargs, like: Tensor) -> Tensor:
@@ -299,7 +344,7 @@ def noise_of(op: Op, kwargs: Kwargs, like: Tensor) -> Tensor:
 
 def image_bytes(tensors: Any) -> int:
     """Bytes of the image-sized tensors."""
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor) and x.dim() == 4)
+    return sum(x.numel() * x.element_size() for x in as_tuple(tuple(tensors)) if isinstance(x, Tensor) and x.dim() == 4)
 
 
 def errors(results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]:
@@ -327,13 +372,13 @@ def is_right(results: tuple[Tensor, ...], base: tuple[Tensor, ...], truth: tuple
 
 def in_float64(kwargs: Kwargs) -> Kwargs:
     """The same arguments in float64, the reference's as truth."""
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    wide = of_tensors(lambda x: x.double() if x.is_floating_point() else x, kwargs)
     return {**wide, "dtype": torch.float64} if "dtype" in wide else wide
 
 
 def contiguous(kwargs: Kwargs) -> Kwargs:
     """The same arguments, images in NCHW order."""
-    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    return of_tensors(Tensor.contiguous, kwargs)
 
 
 class Backward:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm_kernels import Stream, draw_uniform
+from fastddpm_kernels import Stream, draw_timesteps, draw_uniform
 
 AUGMENT_PARAMETERS = 9
 """Numbers that describe the augmentation of one image."""
@@ -42,7 +42,9 @@ PAD = 64  # whole vectors: at the end of a loop torch's cos and exp may differ i
 
 
 @torch.no_grad()
-def draw_augmentation(ordinals: Tensor, *, seed: int, p: float, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def draw_augmentation(
+    ordinals: Tensor, *, seed: int, p: float, size: tuple[int, int], flip: bool = False
+) -> tuple[Tensor, Tensor]:
     """What is done to each image, and what the network is told of it.
 
     Args:
@@ -50,6 +52,8 @@ def draw_augmentation(ordinals: Tensor, *, seed: int, p: float, size: tuple[int,
         seed: the run's, 0 .. 2^63 - 1.
         p: probability of each transformation, 0 .. 1.
         size: height and width of the images in pixels.
+        flip: mirror half of the images left-right before anything else, by the coin that TrainingProcess flips; the
+            network is not told. (A mirror behind a rotation would make it one the other way round.)
 
     Returns:
         matrices float32 [N, 2, 3]: where in the image a pixel of the result is found, (x, y) = M[:, :2] (x', y') +
@@ -96,7 +100,11 @@ def draw_augmentation(ordinals: Tensor, *, seed: int, p: float, size: tuple[int,
     matrices = torch.stack((xx, xy, -(xx * dx + xy * dy), yx, yy, -(yx * dx + yy * dy)), dim=1)
     # + 0.0: no negative zeros.
     matrices, parameters = ((x[:num] + 0.0).to(ordinals.device, torch.float32) for x in (matrices, parameters))
-    return matrices.view(num, 2, 3), parameters
+    matrices = matrices.view(num, 2, 3)
+    if flip:
+        coin = draw_timesteps(ordinals, 1, seed=seed)[1]
+        matrices[:, 0] = torch.where(coin[:, None], -matrices[:, 0], matrices[:, 0])
+    return matrices, parameters
 
 
 def _normal(u: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ def write_snapshots(
         main: whether this process writes; of a sharded net it holds the whole of one average at a time, on the host.
 
     Raises:
-        CheckpointError: naming the file, if it cannot be written.
+        CheckpointError: naming the first file that cannot be written; on the process that writes, after all have met.
     """
+    failure: CheckpointError | None = None
     for width, exponent, average in zip(averages.widths, averages.exponents, averages.averages, strict=True):
         tensors = {}
         for (name, like), part in zip(parameters.items(), average, strict=True):
@@ -156,13 +157,15 @@ def write_snapshots(
             if main:
                 tensors[name] = whole.to("cpu").contiguous()
             del whole
-        if main:
+        if main and failure is None:
             path = run / FOLDER / f"step-{step:08d}-width-{width!r}.safetensors"
             facts = {"step": str(step), "width": repr(width), "exponent": repr(exponent), "sha256": _digest(tensors)}
             try:
                 replace_file(path, lambda place, t=tensors, f=facts: save_file(t, place, metadata=f))  # type: ignore[misc]
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be written: {error}") from error
+                failure = CheckpointError(f"{path} cannot be written: {error}")
+    if failure is not None:
+        raise failure
 
 
 @torch.no_grad()

@@ -8,18 +8,22 @@ All are in nats per dimension here. Each L_t is an expectation over x_t, of whic
 timestep: its noise is a function of (seed, number of the image, t), so that no figure depends on batches or processes.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastddpm_kernels import Stream, draw_normal, philox_words, stream_tag
 
-from .diffusion import ProcessConfig
 from .errors import ConfigError
 from .schedules import NoiseSchedule
+
+if TYPE_CHECKING:  # its losses are made of the terms here
+    from .diffusion import ProcessConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """(x_t float32 [N, C, H, W], t [N]) -> prediction [N, C, H, W], or [N, 2C, H, W] with learned variances."""

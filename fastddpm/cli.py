@@ -409,7 +409,8 @@ def replay(args: list[str]) -> int:
 
 def sample(args: list[str]) -> int:
     """`fastddpm sample`."""
-    valid = [f.name.replace("_", "-") for f in dataclasses.fields(SampleCommand) if f.name != "source"]
+    names = (f.name.replace("_", "-") for f in dataclasses.fields(SampleCommand) if f.name != "source")
+    valid = ["class" if name == "labels" else name for name in names]
     command = parse(SampleCommand, args, "fastddpm sample", None, valid)
     from .sampling import run_sample
 

@@ -274,7 +274,7 @@ class Config:
 
         for width in self.ema.widths:
             if not 0 < width <= 12**-0.5:
-                raise ConfigError(f"ema.widths has {width:g}: each must be above 0 and at most 0.288 (12^-1/2)")
+                raise ConfigError(f"ema.widths has {width:g}: each must be above 0 and at most 0.2886 (12^-1/2)")
 
     def micro_batch(self, world: int) -> int:
         """Images per forward pass on each of `world` processes.
@@ -294,7 +294,7 @@ class Config:
 RUNTIME_FIELDS = frozenset(
     (
         *("preset", "run", "steps", "log_every", "save_every", "sample_every", "keep", "trackers", "data.workers"),
-        *("data.cache_gb", "data.resident", "model.checkpoint_activations"),
+        *("data.cache_gb", "data.resident", "model.checkpoint_activations", "ema.snapshot_every"),
         *("accumulation", "save_async", "sharding", "hang_timeout"),
     )
 )

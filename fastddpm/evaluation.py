@@ -285,6 +285,7 @@ class BoundFigures:
             "quartiles": [{"first_t": a, "last_t": b, "bits_per_dim": bits} for a, b, bits in self.quartiles],
             "bits_per_dim_by_t": self.curve.tolist(),
             "num_images_by_t": self.counts.tolist(),
+            "every": int(self.sizes.max()),
         }
 
     def table(self) -> str:

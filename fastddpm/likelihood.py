@@ -8,8 +8,8 @@ lambda_0 at the data end and lambda_1 at the noise end:
 
 The network is trained at whole t and asked at fractional ones, where lambda(t) is linear between them. The data end is
 t = 0, the first noise level: the model measured is the one that draws x_T from N(0, I) and follows the ODE to t = 0.
-The noise end is T - 1, or where log SNR falls to -14, since below it nothing of the image is left (schedules that end
-in pure noise have no lambda there). x_0_hat is not clipped: the field has to be smooth.
+The noise end is T - 1, or where log SNR falls to -14, since below it nothing of the image is left (and schedules that
+end in pure noise have no lambda there). x_0_hat is not clipped: the field has to be smooth.
 
 The density of the model is that of real numbers, and pixels are 8-bit: each is spread over its bin, x_0 + (2 u - 1)/255
 with u uniform in [0, 1) (dequantisation), so that by Jensen's inequality
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import Stream, draw_normal, philox_words, stream_tag
+from fastddpm_kernels import Stream, draw_normal, draw_uniform, stream_tag
 
 from .bound import HALF_BIN, Network, images_to_floats
 from .diffusion import ProcessConfig
@@ -38,6 +38,7 @@ BITS_OF_BIN = -math.log2(2 * HALF_BIN)
 
 # Of the classical method: how far into the step each slope is taken, along the one before, and its weight.
 _RUNGE_KUTTA = ((0.0, 1 / 6), (0.5, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 6))
+_NODES = 64  # of the path before a timestep of pure noise
 # Layer of the stream's tag for dequantisation: the noise of the bound is at layer 0, its strata at 1.
 _DEQUANTISE_TAG = stream_tag(Stream.BOUND, 2)
 
@@ -53,10 +54,8 @@ def dequantise(x_0: Tensor, images: Tensor, *, seed: int, dtype: torch.dtype) ->
         [N, C, H, W] of the dtype, within -1 - 1/255 .. 1 + 1/255.
     """
     count, channels, height, width = x_0.shape
-    quads = torch.arange(-(-channels * height * width // 4), device=x_0.device)
-    words = philox_words(seed, quads, (images & 0xFFFFFFFF)[:, None], (images >> 32)[:, None], _DEQUANTISE_TAG)
-    # Elements in H, W, C order, as everywhere: four words to a quad; the middle of each of 2^24 steps.
-    u = (torch.stack(words, -1).flatten(1)[:, : channels * height * width] >> 8).to(dtype).add(0.5).mul(2.0**-24)
+    u = draw_uniform(images, channels * height * width, seed=seed, stream=_DEQUANTISE_TAG).to(dtype)
+    # In H, W, C order, as elements are counted everywhere.
     u = u.view(count, height, width, channels).permute(0, 3, 1, 2)
     return images_to_floats(x_0, dtype) + (2 * u - 1) * HALF_BIN
 
@@ -122,15 +121,22 @@ def _time(path: tuple[np.ndarray, np.ndarray], log_snr: float) -> float:
 
 
 def _path(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-    """log SNR, falling, and t (whole numbers, and perhaps a last one between two) of the nodes of the path."""
+    """log SNR, falling, and t of the nodes of the path: whole numbers, and beyond the last of them that is above the end.
+
+    Before a timestep of pure noise, whose log SNR is infinite, alpha falls to 0 linearly.
+    """
     with np.errstate(divide="ignore"):
         log_snr = np.log(schedule.snr)
     above = np.flatnonzero(log_snr > LEAST_LOG_SNR)
-    kept = log_snr[above]
-    times = above.astype(np.float64)
-    if len(above) and len(above) < len(log_snr) and np.isfinite(beyond := log_snr[len(above)]):
-        share = (kept[-1] - LEAST_LOG_SNR) / (kept[-1] - beyond)
-        kept, times = np.append(kept, LEAST_LOG_SNR), np.append(times, times[-1] + share)
+    kept, times = log_snr[above], above.astype(np.float64)
+    if 0 < len(above) < len(log_snr):
+        last, beyond = kept[-1], log_snr[len(above)]
+        more = np.array([LEAST_LOG_SNR])
+        share = (last - more) / (last - beyond)
+        if np.isinf(beyond):
+            more = np.linspace(last, LEAST_LOG_SNR, _NODES + 1)[1:]
+            share = 1 - np.sqrt((1 + np.exp(-last)) / (1 + np.exp(-more)))
+        kept, times = np.append(kept, more), np.append(times, times[-1] + share)
     if len(kept) < 2:
         raise ConfigError(
             f"num_timesteps is {schedule.num_timesteps}: the probability-flow ODE needs two noise levels of a log SNR "

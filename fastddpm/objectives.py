@@ -66,9 +66,9 @@ def vlb_constants(config: "ProcessConfig", schedule: NoiseSchedule) -> Array:
 def _x_0_error(config: "ProcessConfig", schedule: NoiseSchedule) -> Array:
     """Squared error of x_0 per squared error of the config's own prediction, float64 [T]."""
     schedule.check_prediction(config.prediction)
-    if config.prediction == "eps":
-        return 1 / schedule.snr
-    return 1 - schedule.alpha_bar if config.prediction == "v" else np.ones(schedule.num_timesteps)
+    if config.prediction == "x_0":
+        return np.ones(schedule.num_timesteps)
+    return 1 / schedule.snr if config.prediction == "eps" else 1 - schedule.alpha_bar
 
 
 LOSSES: dict[str, Callable[["ProcessConfig", NoiseSchedule], Array]] = {

@@ -205,26 +205,42 @@ def write_film(
 
 
 _PALETTE_FRAMES = 16
+_CHUNK_COLOURS = 1 << 16
 
 
 def _write_gif(frames: Sequence[Image.Image], path: Path, frame_ms: int, hold_ms: int) -> None:
     palette = _palette(frames)
-    pictures = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [frame_ms] * (len(pictures) - 1) + [hold_ms]
-    # Unoptimised, or PIL would sort the palette of every frame by itself.
-    first, *rest = pictures
-    first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=False)
+    first, *rest = [_with_palette(frame, palette) for frame in frames]
+    durations = [frame_ms] * len(rest) + [hold_ms]
+    # Named, the palette is written once and not with every frame; optimised, PIL would sort it anew for each.
+    options = {"palette": palette.tobytes(), "optimize": False, "duration": durations, "loop": 0}
+    first.save(path, "GIF", save_all=True, append_images=rest, **options)
 
 
-def _palette(frames: Sequence[Image.Image]) -> Image.Image:
-    """A picture with the palette of all frames: every gray where there are no colours, else 256 of their colours."""
+def _palette(frames: Sequence[Image.Image]) -> np.ndarray:
+    """uint8 [256, 3] for all frames: every gray where there are no colours, else what some of the frames need."""
     chosen = [frames[i] for i in film_steps(len(frames) - 1, _PALETTE_FRAMES)]
     pixels = np.concatenate([np.asarray(frame.convert("RGB")) for frame in chosen])
     if (pixels == pixels[..., :1]).all():
-        palette = Image.new("P", (1, 1))
-        palette.putpalette(np.arange(256, dtype=np.uint8).repeat(3).tobytes())
-        return palette
-    return Image.fromarray(pixels).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
+        return np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+    own = np.array([(255, 255, 255), _INK], np.uint8)  # paper and text stay exactly what they are
+    reduced = Image.fromarray(pixels).quantize(256 - len(own), Image.Quantize.MEDIANCUT, kmeans=1)
+    colours = np.array(reduced.getpalette(), np.uint8).reshape(-1, 3)[: 256 - len(own)]
+    return np.concatenate([colours, own, np.zeros((256 - len(own) - len(colours), 3), np.uint8)])
+
+
+def _with_palette(frame: Image.Image, palette: np.ndarray) -> Image.Image:
+    """The frame with each pixel's nearest colour of a palette; PIL's own search is up to 4 levels off, white too."""
+    pixels = np.asarray(frame.convert("RGB")).astype(np.int32)
+    codes, places = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1], np.int32), return_inverse=True)
+    colours = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], 1).astype(np.float32)
+    known = palette.astype(np.float32)
+    lengths = (known**2).sum(1)
+    parts = [colours[first : first + _CHUNK_COLOURS] for first in range(0, len(colours), _CHUNK_COLOURS)]
+    nearest = np.concatenate([(lengths - 2 * part @ known.T).argmin(1) for part in parts])
+    picture = Image.fromarray(nearest.astype(np.uint8)[places].reshape(pixels.shape[:2]))
+    picture.putpalette(palette.tobytes())
+    return picture
 
 
 def _write_mp4(frames: Sequence[Image.Image], path: Path, frame_ms: int, hold_ms: int) -> None:
@@ -304,8 +320,6 @@ def curve_plot(
         draw.line([(x * _SMOOTH, top * _SMOOTH), (x * _SMOOTH, bottom * _SMOOTH)], _RULE, _SMOOTH)
     for y, _ in down:
         draw.line([(left * _SMOOTH, y * _SMOOTH), (right * _SMOOTH, y * _SMOOTH)], _RULE, _SMOOTH)
-    corners = [left * _SMOOTH, top * _SMOOTH, right * _SMOOTH, bottom * _SMOOTH]
-    draw.rectangle(corners, outline=_FRAME, width=_SMOOTH)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(curves)}
     # Points lie on top: what is measured is not to be hidden by the curve it is compared with.
     for name in sorted(points, key=lambda name: name in dots):
@@ -315,6 +329,7 @@ def curve_plot(
     picture = picture.resize(size, Image.Resampling.BOX)
 
     draw = ImageDraw.Draw(picture)
+    draw.rectangle([left, top, right, bottom], outline=_FRAME)
     draw.text((width / 2, 14), title, _INK, large, anchor="mt")
     for x, text in across:
         draw.text((x, bottom + 8), text, _INK, small, anchor="mt")

@@ -74,12 +74,16 @@ _StepFunction = Callable[[_State], _After]
 _Kept = tuple[dict[Any, Tensor], dict[Any, Tensor]]
 
 
+def _check_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"a CUDA graph cannot be captured on {device.type}: sample without graph")
+
+
 class _StepGraph:
     """One step of sampling as a CUDA graph on tensors of its own, replayed once a step with no other host work."""
 
     def __init__(self, step: _StepFunction, state: _State) -> None:
-        if state.x.device.type != "cuda":
-            raise ConfigError(f"a CUDA graph cannot be captured on {state.x.device.type}: sample without graph")
+        _check_cuda(state.x.device)
         self.state = _State(
             state.x.clone(),
             state.images.clone(),

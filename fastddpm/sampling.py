@@ -102,8 +102,8 @@ def load_guide(source: str, pipeline: Pipeline, device: torch.device) -> UNet:
         raise ConfigError(f"--guide {source} does not fit: its noise schedule is another than the model's")
     # Without classes it is the guide of classifier-free guidance, in a network of its own.
     if guide.num_classes not in (None, pipeline.num_classes):
-        own = pipeline.num_classes or "none"
-        raise ConfigError(f"--guide {source} does not fit: it has {guide.num_classes} classes, the model {own}")
+        known = pipeline.num_classes or "none"
+        raise ConfigError(f"--guide {source} does not fit: it has {guide.num_classes} classes, the model {known}")
     return guide.unet
 
 

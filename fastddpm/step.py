@@ -44,6 +44,7 @@ class TrainStep:
         accelerator: prepares model and optimiser for its processes and loss scale; by default there is one process.
         graph: capture the whole step in a CUDA graph, after a few steps without, and again when shapes change.
         augment: probability of each augmentation, whose parameters the network is told (augment.py).
+        flip: mirror each image with probability 1/2 before its augmentation, instead of in `process`.
 
     Raises:
         ConfigError: where no graph can be captured: without CUDA, with several processes, or with a loss scale.
@@ -63,8 +64,10 @@ class TrainStep:
         accelerator: Accelerator | None = None,
         graph: bool = False,
         augment: float = 0.0,
+        flip: bool = False,
     ) -> None:
-        self.unet, self.process, self.optim, self.ema, self.augment = unet, process, optim, ema, augment
+        self.unet, self.process, self.optim, self.ema = unet, process, optim, ema
+        self.augment, self.flip = augment, flip
         self.dtype = unet.compute_dtype = ema_unet.compute_dtype = dtype
         self.horizon = horizon or optim.horizon
         self.weights = list(unet.parameters())
@@ -134,7 +137,7 @@ class TrainStep:
         process, told = self.process, {}
         if self.augment:
             matrices, told["augment"] = draw_augmentation(
-                ordinals, seed=process.seed, p=self.augment, size=(images.shape[2], images.shape[3])
+                ordinals, seed=process.seed, p=self.augment, size=(images.shape[2], images.shape[3]), flip=self.flip
             )
             images = apply_augmentation(images, matrices)
         noised = process.noise(images, ordinals, self.dtype)

@@ -174,7 +174,8 @@ class Trainer:
         process = TrainingProcess.of(
             self.config.diffusion,
             seed=self.config.seed,
-            flip=self.config.data.flip,
+            # Of what an augmentation has turned, a mirror image is not what the network is told: it mirrors first itself.
+            flip=self.config.data.flip and not self.config.data.augment,
             batch_size=self.config.batch_size,
             device=acc.device,
         )
@@ -193,6 +194,7 @@ class Trainer:
             accelerator=acc,
             graph=self.config.graph,
             augment=self.config.data.augment,
+            flip=self.config.data.flip,
         )
         self.log, self.events = RunLog(self.run), RunLog(self.run, "numerics.jsonl")
         self._replayed = replay or 0
@@ -240,7 +242,9 @@ class Trainer:
         if named is None and found is None:
             raise DataError(f"{source} does not say how many classes it has: give --model.num-class-embeds")
         if named is not None and found is not None and found > named:
-            raise DataError(f"{source} has {found} classes and model.num_class_embeds is {named}: give at least {found}")
+            raise DataError(
+                f"{source} has {found} classes and model.num_class_embeds is {named}: give at least {found}"
+            )
         model = dataclasses.replace(config.model, num_class_embeds=named or found)
         return dataclasses.replace(config, model=model)
 
@@ -350,7 +354,7 @@ class Trainer:
         averages, history = self.train_step.power_averages, self.train_step.process.history
         if averages is not None:
             for width, average in zip(averages.widths, averages.averages, strict=True):
-                tensors |= {f"{n}/{OWN[0]}{width:g}": a for n, a in zip(self.names, average, strict=True)}
+                tensors |= {f"{n}/{OWN[0]}{width!r}": a for n, a in zip(self.names, average, strict=True)}
         if history is not None:
             tensors |= {f"{OWN[1]}{name}": tensor for name, tensor in history.tensors().items()}
         return tensors

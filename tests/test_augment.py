@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import augment
 from fastddpm.augment import AUGMENT_PARAMETERS, apply_augmentation, draw_augmentation
+from fastddpm_kernels import draw_timesteps
 
 MANY = torch.arange(20_000)
 
@@ -80,6 +81,20 @@ def test_an_image_to_which_nothing_is_done_has_zeros_and_is_what_it_was_bitwise(
     assert not any(torch.equal(a, plain(b)) for a, b in zip(result[~kept], x[~kept], strict=True))
 
 
+def test_flips_that_are_not_told_come_first_and_are_those_of_training() -> None:
+    """By the coin of the training process: the augmentation of the mirrored image, to rounding."""
+    x, ordinals = images(60, 2, (8, 6)), MANY[:60]
+    coin = draw_timesteps(ordinals, 1000, seed=7)[1]
+    mirrored = torch.where(coin[:, None, None, None], x.flip(3), x)
+    for p in (0.0, 0.6):
+        matrices, parameters = draw_augmentation(ordinals, seed=7, p=p, size=(8, 6))
+        flipped, same = draw_augmentation(ordinals, seed=7, p=p, size=(8, 6), flip=True)
+        assert torch.equal(parameters, same)
+        got, expected = apply_augmentation(x, flipped), apply_augmentation(mirrored, matrices)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.0 if p == 0 else 2e-5)
+    assert 10 < coin.sum() < 50
+
+
 def test_without_a_probability_nothing_is_done() -> None:
     matrices, parameters = draw_augmentation(MANY, seed=2, p=0.0, size=(8, 8))
     assert not parameters.any() and (matrices == matrix(IDENTITY)).all()
@@ -139,6 +154,9 @@ def test_golden_values() -> None:
     _, q = draw_augmentation(torch.tensor([1]), seed=4, p=1.0, size=(8, 8))
     golden = [1.0, 1.0, -0.9155828, -0.2659072, 0.6790492, -0.05195189, 0.2049455, 0.0102107, -0.1090113]
     torch.testing.assert_close(q[0], torch.tensor(golden), rtol=1e-6, atol=1e-6)
+    _, q = draw_augmentation(torch.tensor([14, 19, 21, 24]), seed=4, p=0.3, size=(8, 8))
+    done = [[0, 1, 0, -1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, -1, -1, 1.013483, 1.759783], [1, 0, 0, 0, 0, 0, 0]]
+    torch.testing.assert_close(q, torch.tensor([[*row, 0.0, 0.0] for row in done]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (6, 10), (1, 1), (1, 5)])
@@ -291,6 +309,6 @@ def test_results_stay_in_range_and_keep_the_memory_order() -> None:
 def test_nothing_waits_for_the_device() -> None:
     """Tensors without values refuse to be read: what this runs through never asks for one."""
     with FakeTensorMode():
-        matrices, parameters = draw_augmentation(torch.arange(5), seed=1, p=0.3, size=(8, 8))
+        matrices, parameters = draw_augmentation(torch.arange(5), seed=1, p=0.3, size=(8, 8), flip=True)
         result = apply_augmentation(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), matrices)
     assert parameters.shape == (5, 9) and result.shape == (5, 3, 8, 8)

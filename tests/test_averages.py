@@ -413,23 +413,39 @@ def test_memory_stays_at_two_networks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert most == [1] and open_files == [0]
 
 
-def test_snapshots_of_a_sharded_net_are_whole(tmp_path: Path) -> None:
-    """Of DTensors, on a group of one process; test_sharding has several."""
-    torch.manual_seed(0)
+def _sharded(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     net = UNet(NET, seed=3)
-    plain = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        sharding.shard(net, torch.device("cpu"))
-        named = dict(net.named_parameters())
-        power = PowerAverages([sharding.local(parameter) for parameter in named.values()], (0.1,))
-        power.update([sharding.local(parameter) for parameter in named.values()], power.weights(0))
-        write_snapshots(tmp_path, 1, power, named)
-    finally:
-        dist.destroy_process_group()
-    stored_tensors = load_file(read_snapshots(tmp_path)[0].path)
-    assert stored_tensors.keys() == plain.keys()
-    assert all(torch.equal(stored_tensors[name], tensor) for name, tensor in plain.items())
+    sharding.shard(net, torch.device("cpu"))
+    named = dict(net.named_parameters())
+    held = [sharding.local(parameter) for parameter in named.values()]
+    power = PowerAverages(held, (0.1,))
+    for step in range(3):
+        for tensor in held:
+            tensor.mul_(1.5)
+        power.update(held, power.weights(step))
+    write_snapshots(folder, 3, power, named, main=rank == 0)
+    dist.destroy_process_group()
+
+
+def test_snapshots_of_a_sharded_net_are_those_of_the_whole_one(tmp_path: Path) -> None:
+    """Two processes, each with some rows of each weight, uneven ones and none at all among them."""
+    other = torch.multiprocessing.get_context("spawn").Process(target=_sharded, args=(1, tmp_path))
+    other.start()
+    _sharded(0, tmp_path)
+    other.join()
+    assert other.exitcode == 0
+    named = dict(UNet(NET, seed=3).named_parameters())
+    held = [parameter.detach() for parameter in named.values()]
+    power = PowerAverages(held, (0.1,))
+    for step in range(3):
+        for tensor in held:
+            tensor.mul_(1.5)
+        power.update(held, power.weights(step))
+    assert len(read_snapshots(tmp_path)) == 1
+    whole = load_file(read_snapshots(tmp_path)[0].path)
+    assert whole.keys() == named.keys() and any(len(tensor) == 1 for tensor in whole.values())
+    assert all(torch.equal(whole[n], a) for n, a in zip(named, power.averages[0], strict=True))
 
 
 # The command.

@@ -153,6 +153,16 @@ def test_the_path_ends_where_nothing_is_left_of_the_image():
     assert (np.diff(log_snr) < 0).all()
 
 
+def test_the_path_to_pure_noise():
+    """From the last timestep that has something left, alpha falls to 0 linearly in t."""
+    schedule = ProcessConfig(num_timesteps=6, prediction="v", zero_terminal_snr=True).noise_schedule()
+    log_snr, times = likelihood._path(schedule)
+    assert np.log(schedule.snr[-2]) > -14 and schedule.snr[-1] == 0
+    alpha = np.sqrt(1 / (1 + np.exp(-log_snr[5:])))
+    assert log_snr[-1] == -14 and np.allclose(alpha, schedule.sqrt_alpha_bar[-2] * (5 - times[5:]), rtol=1e-9)
+    assert (np.diff(log_snr) < 0).all() and (np.diff(times) > 0).all() and times[-1] < 5
+
+
 @pytest.mark.parametrize("steps", [0, -3])
 def test_steps_out_of_range(steps):
     with pytest.raises(ConfigError, match=rf"steps is {steps}: it must be at least 1"):

@@ -377,8 +377,8 @@ def _run_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_next, x_0_hat, h1_next, h2_next), empty where not asked for or without history."""
     work = compute_dtype(x_t, prediction, coefficients, h1, h2, guide, variance, noise)
-    columns = dict(zip(COLUMNS, coefficients.index_select(0, row)[0].to(work).unbind(0), strict=True))
-    a, b, c, e, h, f, lo, hi, w, log_min, log_max, g, p1, q1, r1, s1, p2, q2, r2, s2 = columns.values()
+    columns = coefficients.index_select(0, row)[0].to(work).unbind(0)
+    a, b, c, e, h, f, lo, hi, w, log_min, log_max, g, p1, q1, r1, s1, p2, q2, r2, s2 = columns
     x, past = x_t.to(work), tuple(each.to(work) for each in (h1, h2) if each is not None)
     # Products apart: torch's fused multiply-adds round differently at the end of a loop, so by batch position.
     predicted = prediction.to(work)
