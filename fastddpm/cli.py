@@ -223,8 +223,8 @@ class EvaluateCommand:
     """Run folder."""
     metrics: tuple[EvaluateMetric, ...] = ("nll",)
     (
-        "nll: the variational bound in bits per dimension, as L_T, the sum of L_{t-1}, and L_0; nll_ode: the likelihood "
-        "under the probability-flow ODE, with Hutchinson's estimate of the divergence."
+        "nll: the variational bound in bits per dimension, as L_T, the sum of L_{t-1}, and L_0; nll_ode: the "
+        "likelihood under the probability-flow ODE, with Hutchinson's estimate of the divergence."
     )
     source: str | None = None
     """Images to measure on, written as --data.source; unset: the run's own."""
@@ -235,7 +235,10 @@ class EvaluateCommand:
     batch_size: int = 64
     """Images per network call on each process."""
     every: int = 1
-    """nll: take every EVERY-th timestep of the sum, each standing for EVERY of them; 1 takes all."""
+    (
+        "nll: of every EVERY timesteps of the sum take one, drawn anew for each image, which stands for all of them; "
+        "1 takes all."
+    )
     steps: int = 50
     """nll_ode: steps of the solver (Runge-Kutta of fourth order: four network evaluations each)."""
     probes: int = 2
@@ -445,7 +448,9 @@ def plan(args: list[str]) -> int:
 
 def _simple(kind: type[T], name: str, args: list[str]) -> T:
     """The options of a command without a preset."""
-    valid = [f.name.replace("_", "-") for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    shown = {"label": "class", "labels": "class"}
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    valid = [shown.get(name, name).replace("_", "-") for name in names]
     return parse(kind, args, f"fastddpm {name}", None, valid)
 
 

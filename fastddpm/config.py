@@ -72,11 +72,11 @@ class GridConfig:
     num: int = 64
     """Images in the grid."""
     sampler: str = "ddpm"
-    """Sampler of the grid: ddpm (ancestral) or ddim."""
+    """Sampler of the grid, by its name in `sample --sampler`."""
     steps: int | None = None
     """Network evaluations per image; unset: all timesteps."""
     eta: float = 0.0
-    """DDIM's share of fresh noise, 0 to 1 (ignored by ddpm)."""
+    """DDIM's share of fresh noise, 0 to 1."""
     guidance: float = 1.0
     """Classifier-free guidance of a conditional run with label dropout; 1 is none."""
     batch_size: int = 64
@@ -166,8 +166,10 @@ class Config:
                 "data.source is not set: give --data.source hub:ID, parquet:DIR, folder:DIR, digits or anything "
                 "load_dataset reads"
             )
-        if self.grid.sampler not in SAMPLERS:
-            raise ConfigError(f"grid.sampler is {self.grid.sampler!r}: valid are {', '.join(SAMPLERS)}")
+        if self.grid.sampler not in (drawing := [name for name, solver in SAMPLERS.items() if solver.to_image]):
+            raise ConfigError(f"grid.sampler is {self.grid.sampler!r}: valid are {', '.join(drawing)}")
+        if self.grid.eta and self.grid.sampler != "ddim":
+            raise ConfigError(f"grid.eta is {self.grid.eta} and grid.sampler {self.grid.sampler}: only ddim has it")
         if self.grid.num < 1 or self.grid.batch_size < 1:
             raise ConfigError(
                 f"grid.num is {self.grid.num} and grid.batch_size {self.grid.batch_size}: both at least 1"

@@ -4,6 +4,7 @@ Images are cut into batches and the bound's timesteps into parts, whatever the n
 is measured by one process and all sums are taken in one order afterwards. So 1, 2 or 4 processes give the same figures.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 QUARTILES = 4
 # Into so many parts the timesteps of a batch are cut, to share out few batches among many processes.
 _PARTS = 8
+_LOOKED_AT = 8  # images whose channels are compared with the model's
 
 
 def run_evaluate(command: "EvaluateCommand") -> int:
@@ -190,10 +192,29 @@ def open_split(
             f"           images of another size are brought to {width}x{height} (fit {data_config.fit}): bits/dim are "
             "of these pixels and compare with those of the same scaling only"
         )
+    if (colour := _other_channels(data_config, data, rows[:_LOOKED_AT])) is not None:
+        remarks.append(f"           {colour}")
     if data.warning:
         remarks.append(f"warning    {data.warning}")
     no_class = pipeline.num_classes if pipeline.process.label_dropout > 0 else None
     return SplitImages(data, rows, name, chosen, remarks, pipeline.num_classes, no_class)
+
+
+def _other_channels(config: DataConfig, data: ImageData, rows: np.ndarray) -> str | None:
+    """What to say where images of `rows` are in colour and the model is not, or the other way round.
+
+    Raises:
+        DataError: an image that cannot be used.
+    """
+    images = data.decode_rows(rows).images
+    if data.channels == 3 and (images == images[:, :1]).all():
+        return "images are gray: the model has three channels and counts each value three times"
+    if data.channels == 1 and config.source != "digits":
+        with contextlib.suppress(DataError):  # which columns of arrays are not in colour
+            images = open_data(config, data.size, 3).decode_rows(rows).images
+        if not (images == images[:, :1]).all():
+            return "images are in colour: the model is gray, and bits/dim are of their brightness"
+    return None
 
 
 def network_of(

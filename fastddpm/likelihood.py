@@ -121,7 +121,7 @@ def _time(path: tuple[np.ndarray, np.ndarray], log_snr: float) -> float:
 
 
 def _path(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-    """log SNR, falling, and t of the nodes of the path: whole numbers, and beyond the last of them that is above the end.
+    """log SNR, falling, and t of the nodes of the path: the timesteps, and what leads from the last of them to the end.
 
     Before a timestep of pure noise, whose log SNR is infinite, alpha falls to 0 linearly.
     """

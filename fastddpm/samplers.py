@@ -491,16 +491,17 @@ class Sampler:
         key = str(torch.device(device)), self._opening(first_step)
         if key not in self._on_device:
             table = self.table
-            rows = table.rows.copy()
+            rows, told = table.rows.copy(), table.timesteps.copy()
             if key[1]:  # nothing is known of the steps before: their places keep the numbers of rows, and so of z
-                rows[key[1] :] = self._from(key[1]).rows
+                rest = self._from(key[1])
+                rows[key[1] :], told[key[1] :] = rest.rows, rest.timesteps
             reading = None
             if self.guidance_rescale or self.dynamic_threshold is not None:
                 columns = [COLUMNS.index(name) for name in ("A", "B", "W")]
                 reading = torch.tensor(rows[:, columns], dtype=torch.float32).to(device)
                 rows[:, columns] = 0.0, 1.0, 1.0
-            whole = table.timesteps.dtype.kind == "i"
-            timesteps = torch.tensor(table.timesteps, dtype=torch.int64 if whole else torch.float32)
+            whole = told.dtype.kind == "i"
+            timesteps = torch.tensor(told, dtype=torch.int64 if whole else torch.float32)
             coefficients = torch.tensor(rows, dtype=torch.float32).to(device)
             self._on_device[key] = _Tables(coefficients, timesteps.to(device), reading)
         return self._on_device[key]

@@ -234,7 +234,11 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 BAD = {
-    "unknown command": ("tarin", 5, "unknown command 'tarin': valid are train, replay, sample, edit, evaluate, explain, ema, plan"),
+    "unknown command": (
+        "tarin",
+        5,
+        "unknown command 'tarin': valid are train, replay, sample, edit, evaluate, explain, ema, plan",
+    ),
     "train alone": ("train", 5, "train needs a preset: --preset digits, cifar10"),
     "no such user": ("train --preset digits --run /proc/nowhere/r", 5, "/proc/nowhere/r cannot be written"),
     "infinite": ("train --preset digits --run {tmp}/r --optim.lr inf", 5, "optim.lr is inf"),

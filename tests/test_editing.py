@@ -300,7 +300,10 @@ def test_a_start_has_the_marginal_of_its_step(strength: float) -> None:
         check_marginal(x, t, -0.4)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "unipc"}, {"sampler": "dpmpp_2m"}, {"sampler": "heun"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"sampler": "unipc"}, {"sampler": "dpmpp_2m"}, {"sampler": "heun"}, {"sampler": "heun", "churn": 20.0}],
+)
 def test_samplers_of_any_kind_start(options: dict[str, Any]) -> None:
     picture = torch.full((1, 20, 20), 0.5)
     seen = states_seen(lambda s: start_from(s, picture, 0.4, torch.arange(10)), 12, 0.5, **options)

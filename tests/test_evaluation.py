@@ -380,6 +380,21 @@ def test_scaled_images_are_refused_or_said_to_be_scaled(run, splits, tmp_path, c
     assert "images of another size are brought to 8x8 (fit resize)" in capsys.readouterr().err
 
 
+def test_images_of_other_channels_are_said_to_be(run, conditional, tmp_path, capsys):
+    colour = tmp_path / "colour"
+    (colour / "test").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(colour / "test" / f"{i}.png")
+    options = ["--source", f"folder:{colour}", "--every", "11", "--out", str(tmp_path / "out")]
+    assert evaluate(run, *options) == 0
+    assert "images are in colour: the model is gray" in capsys.readouterr().err
+    assert evaluate(conditional, *options) == 4
+    assert "has no labels, and the run is conditional: give another --source" in capsys.readouterr().err
+    gray = evaluation.open_data(evaluation.DataConfig(source="digits"), (8, 8), 3)
+    assert "images are gray" in (evaluation._other_channels(gray.config, gray, np.arange(3)) or "")
+
+
 # Bad input
 
 

@@ -155,7 +155,7 @@ def test_the_path_ends_where_nothing_is_left_of_the_image():
 
 def test_the_path_to_pure_noise():
     """From the last timestep that has something left, alpha falls to 0 linearly in t."""
-    schedule = ProcessConfig(num_timesteps=6, prediction="v", zero_terminal_snr=True).noise_schedule()
+    schedule = ProcessConfig(num_timesteps=6, beta_end=0.002, prediction="v", zero_terminal_snr=True).noise_schedule()
     log_snr, times = likelihood._path(schedule)
     assert np.log(schedule.snr[-2]) > -14 and schedule.snr[-1] == 0
     alpha = np.sqrt(1 / (1 + np.exp(-log_snr[5:])))

@@ -758,7 +758,7 @@ def test_drawn_images_take_their_classes_in_turn() -> None:
 
 
 class Replayed:
-    """Stands in for a CUDA graph on a CPU: a replay runs the step again and writes its result where the first one was."""
+    """Stands in for a CUDA graph on a CPU: a replay runs the step again and writes its result where the first was."""
 
     def __init__(self, run: Callable[[], Tensor | None], stream: object, otherwise: str) -> None:
         self.run, self.result = run, run()

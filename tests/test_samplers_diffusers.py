@@ -19,6 +19,7 @@ from fastddpm.solvers import COLUMNS, SAMPLERS, Table, make_table
 from fastddpm_kernels import Stream, draw_normal, reverse_step
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 HO = NoiseSchedule.from_name("linear", 1000)
 SEED = 2**35 + 3

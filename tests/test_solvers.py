@@ -14,7 +14,7 @@ from oracles import moments, run
 
 import fastddpm_kernels
 from fastddpm import solvers
-from fastddpm.diffusion import SCHEDULES, SPACINGS, NoiseSchedule
+from fastddpm.diffusion import SCHEDULES, SPACINGS, NoiseSchedule, ProcessConfig
 from fastddpm.errors import ConfigError
 from fastddpm.solvers import COLUMNS, SAMPLERS, Levels, Table, coefficient_rows, make_table, timestep_spacing
 
@@ -349,6 +349,23 @@ def test_from_pure_noise_all_rows_are_finite(sampler: str, prediction: str, num_
         rows = make_table(levels, sampler=sampler, prediction=prediction, **options).rows.astype(np.float32)
         limits = [COLUMNS.index("lo"), COLUMNS.index("hi")]
         assert np.isfinite(np.delete(rows, limits, axis=1)).all()
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.filterwarnings("error")
+def test_all_steps_are_finite_numbers_of_float32(sampler: str, name: str) -> None:
+    for num_timesteps, zero_snr in ((1000, False), (1000, True), (1, False)):
+        prediction = "v" if zero_snr else "eps"
+        process = ProcessConfig(
+            schedule=name, num_timesteps=num_timesteps, zero_terminal_snr=zero_snr, prediction=prediction
+        )
+        schedule = process.noise_schedule()
+        assert (schedule.alpha_bar[-1] == 0) == zero_snr
+        for num_steps in {num_timesteps, 1}:
+            levels = SAMPLERS[sampler].levels(schedule, num_steps, "trailing")
+            rows = make_table(levels, sampler=sampler, prediction=prediction).rows.astype(np.float32)
+            assert np.isfinite(rows).all()
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
