@@ -96,7 +96,7 @@ class PlanCommand:
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Draw images; writes DIR/grid.png, DIR/filmstrip.png and DIR/samples.npz (arr_0, uint8 [N, H, W, C])."""
+    """Draw images; writes grid.png, filmstrip.png, denoising.gif and samples.npz (arr_0, uint8 [N, H, W, C]) into DIR."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Run folder, local diffusers model or pipeline folder, or Hub id such as google/ddpm-cifar10-32."""
@@ -269,6 +269,8 @@ class ExplainCommand:
     """noise: network evaluations per image; unset: all timesteps."""
     temperatures: tuple[float, ...] = (1.0, 0.5, 0.0)
     """noise: factors of the noise of each step; 0 is the mean only."""
+    film: Literal["gif", "mp4"] = "gif"
+    """forward: format of the animation; mp4 needs the program ffmpeg."""
     seed: int = 0
     """Seed of all noise."""
     out: str | None = None

@@ -62,7 +62,7 @@ class DataConfig:
         "within a buffer."
     )
     image_column: str | None = None
-    """Column of the images; by default the one column of type Image."""
+    """Column of the images or uint8 arrays; by default the one column of type Image, or failing that of arrays."""
     label_column: str | None = None
     """Column of the class labels; by default the one column of type ClassLabel, if there is one."""
     fit: Fit = "exact"

@@ -30,7 +30,7 @@ from .evaluation import network_of, open_split
 from .files import expand, replace_file, writable_folder
 from .machine import DTYPES, make_accelerator, settle_precision
 from .order import spread
-from .pictures import captioned, curve_plot, film, film_steps, save_animation, save_picture, stacked
+from .pictures import captioned, check_animation, curve_plot, film, film_steps, save_animation, save_picture, stacked
 from .pipeline import Pipeline, load_pipeline
 from .runlog import make_bar
 from .samplers import Sampler, to_uint8
@@ -185,6 +185,9 @@ def expected_moments(schedule: NoiseSchedule, x_0: Tensor) -> tuple[np.ndarray, 
 
 def explain_forward(job: Job) -> dict[str, Path]:
     """Why one draw is enough: T steps and the closed form side by side."""
+    names = ("forward.png", "forward_moments.png", f"forward.{job.command.film}")
+    strips, plot, movie = (job.out / name for name in names)
+    check_animation(movie)
     config = preset("digits") if job.run is None else _own_config(job.run)
     schedule = config.diffusion.noise_schedule()
     num_timesteps = schedule.num_timesteps
@@ -212,22 +215,21 @@ def explain_forward(job: Job) -> dict[str, Path]:
     z = (found - expected[:, None]) / errors[:, None]
 
     print(_forward_text(config, schedule, x_0.numel(), num, found, expected, errors, z))
-    names = {"chain": "step by step", "closed": "one draw"}
+    labels = {"chain": "step by step", "closed": "one draw"}
     at = {state: i for i, state in enumerate(kept)}
     frames = {name: np.stack(images) for name, images in pictures.items()}
     rows = {
-        f"image {n}\n{names[name]}": frames[name][[at[s] for s in strip], n]
+        f"image {n}\n{labels[name]}": frames[name][[at[s] for s in strip], n]
         for n in range(min(job.num, _STRIPS))
-        for name in names
+        for name in labels
     }
     captions = [_state_name(s, num_timesteps) for s in strip]
     picture = captioned(rows, title="x_0 to x_T by T steps, and each x_t by one draw", columns=captions, min_side=720)
-    files = {name: job.out / name for name in ("forward.png", "forward_moments.png", "forward.gif")}
-    save_picture(picture, files["forward.png"])
-    save_picture(_moments_plot(schedule, found, z), files["forward_moments.png"])
-    moving = {names[name]: frames[name][[at[s] for s in states]] for name in names}
-    save_animation(film(moving, [_state_name(s, num_timesteps) for s in states]), files["forward.gif"])
-    return {"strips": files["forward.png"], "moments": files["forward_moments.png"], "film": files["forward.gif"]}
+    save_picture(picture, strips)
+    save_picture(_moments_plot(schedule, found, z), plot)
+    moving = {labels[name]: frames[name][[at[s] for s in states]] for name in labels}
+    save_animation(film(moving, [_state_name(s, num_timesteps) for s in states]), movie)
+    return {"strips": strips, "moments": plot, "film": movie}
 
 
 def _state_name(state: int, num_timesteps: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,19 @@ from .pictures import film_steps
 from .runlog import make_bar
 from .samplers import SAMPLERS, Sampler, to_uint8
 
+MOVIE_FRAMES = 60
+
+
+class Movie(NamedTuple):
+    """The first n images on their way, at up to MOVIE_FRAMES states from x_T (first) to x_0 (last)."""
+
+    states: np.ndarray
+    """uint8 [F, n, H, W, C]."""
+    estimates: np.ndarray
+    """uint8 [F, n, H, W, C]: the x_0_hat that the network makes of each state; of the last the image itself."""
+    captions: list[str]
+    """What to write over each frame."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -22,6 +36,8 @@ class Drawn:
     """uint8 [N, H, W, C], in order of image number; empty on ranks other than 0."""
     film: np.ndarray
     """uint8 [F, n, H, W, C]: the first n images from x_T (first frame) to x_0 (last); empty on ranks other than 0."""
+    movie: Movie | None = None
+    """The same images in more frames; None where no film was asked for, and on ranks other than 0."""
 
 
 def draw_images(
@@ -61,7 +77,7 @@ def draw_images(
     num_steps = len(sampler.timesteps)
     bar = make_bar("sampling", "steps", share * num_steps, enabled=progress)
     images = np.empty((world * share if rank == 0 else 0, *shape[1:], shape[0]), np.uint8)
-    films: list[torch.Tensor] = []
+    films: list[Movie] = []
     with bar:
         for start in range(0, share, batch_size):
             numbers = rank * share + torch.arange(start, min(start + batch_size, share))
@@ -83,8 +99,19 @@ def draw_images(
                 for owner, part in enumerate(parts):
                     first = owner * share + start
                     images[first : first + len(part)] = part.cpu().numpy()
-    movie = torch.cat(films, 1).cpu().numpy() if films else np.empty((0, 0, *images.shape[1:]), np.uint8)
-    return Drawn(images[:num], movie)
+    if not films:
+        return Drawn(images[:num], np.empty((0, 0, *images.shape[1:]), np.uint8))
+    states, estimates = (np.concatenate([getattr(f, name) for f in films], 1) for name in ("states", "estimates"))
+    places = _kept_states(num_steps)
+    strip = [places.index(state) for state in film_steps(num_steps)]
+    moving = [places.index(state) for state in film_steps(num_steps, MOVIE_FRAMES)]
+    captions = [films[0].captions[i] for i in moving]
+    return Drawn(images[:num], states[strip], Movie(states[moving], estimates[moving], captions))
+
+
+def _kept_states(num_steps: int) -> list[int]:
+    """The states 0 (x_T) .. num_steps (x_0) that a filmstrip or a movie shows."""
+    return sorted({*film_steps(num_steps), *film_steps(num_steps, MOVIE_FRAMES)})
 
 
 def _filmed(
@@ -95,13 +122,20 @@ def _filmed(
     class_labels: torch.Tensor | None,
     num: int,
     bar: tqdm,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One batch of images, and 8-bit copies [F, n, H, W, C] of its first `num` at evenly spaced steps."""
-    wanted = set(film_steps(len(sampler.timesteps)))
-    frames = []
+) -> tuple[torch.Tensor, Movie]:
+    """One batch of images, and the way of its first `num` at the states of _kept_states."""
+    wanted = set(_kept_states(len(sampler.timesteps)))
+    states, estimates, captions = [], [], []
+
+    def keep(state: torch.Tensor, estimate: torch.Tensor, caption: str) -> None:
+        # As bytes on the host at once: of large images the frames would fill the device.
+        states.append(to_uint8(state[:num]).cpu().numpy())
+        estimates.append(to_uint8(estimate[:num]).cpu().numpy())
+        captions.append(caption)
+
     for step in sampler.steps(numbers, shape, device, class_labels=class_labels):
         if step.i in wanted:
-            frames.append(step.x_t[:num])
+            keep(step.x_t, step.x_0_hat, f"t = {step.t:.4g}")
         bar.update(len(numbers))
-    frames.append(step.x_0_hat[:num])  # the last step of every sampler returns its x_0_hat
-    return step.x_0_hat, torch.stack([to_uint8(frame) for frame in frames])
+    keep(step.x_0_hat, step.x_0_hat, "x_0")  # the last step of every sampler returns its x_0_hat
+    return step.x_0_hat, Movie(np.stack(states), np.stack(estimates), captions)

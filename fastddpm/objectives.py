@@ -68,10 +68,8 @@ def _x_0_error(config: "ProcessConfig", schedule: NoiseSchedule) -> Array:
     schedule.check_prediction(config.prediction)
     if config.prediction == "x_0":
         return np.ones(schedule.num_timesteps)
-    if config.prediction == "v":
-        return 1 - schedule.alpha_bar
-    of_eps: Array = 1 / schedule.snr
-    return of_eps
+    ratio = (1 - schedule.alpha_bar) if config.prediction == "v" else 1 / schedule.snr
+    return np.asarray(ratio, dtype=np.float64)
 
 
 LOSSES: dict[str, Callable[["ProcessConfig", NoiseSchedule], Array]] = {

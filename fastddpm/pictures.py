@@ -180,15 +180,18 @@ def save_animation(
     Raises:
         ConfigError: another suffix; .mp4 and no ffmpeg, or one that fails.
     """
+    check_animation(path)
+    write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
+    replace_file(path, lambda temporary: write(frames, temporary, frame_ms, hold_ms))
+
+
+def check_animation(path: Path) -> None:
+    """Raise a ConfigError unless an animation can be written as the suffix says, before any work is done for it."""
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise ConfigError(f"{path} does not end in {' or '.join(_FORMATS)}, which animations are written as")
-    if suffix == ".gif":
-        replace_file(path, lambda temporary: _write_gif(frames, temporary, frame_ms, hold_ms))
-        return
-    if shutil.which("ffmpeg") is None:
+    if suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise ConfigError(f"{path}: for .mp4 the program ffmpeg is needed and is not on the PATH: take .gif")
-    replace_file(path, lambda temporary: _write_mp4(frames, temporary, frame_ms, hold_ms))
 
 
 def write_film(

@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .files import expand, writable_folder
 from .generate import draw_images
 from .machine import DTYPES, make_accelerator, settle_precision
-from .pictures import filmstrip, grid, save_picture, save_samples
+from .pictures import filmstrip, grid, save_picture, save_samples, write_film
 from .pipeline import Pipeline, load_pipeline
 from .samplers import Sampler
 from .unet import UNet
@@ -69,8 +69,11 @@ def run_sample(command: "SampleCommand") -> int:
     save_samples(drawn.images, out / "samples.npz")
     save_picture(filmstrip(drawn.film), out / "filmstrip.png")
     save_picture(grid(drawn.images[:GRID_IMAGES]), out / "grid.png")
+    assert drawn.movie is not None  # this is rank 0
+    movie = write_film(out / "denoising", *drawn.movie)
     print(f"grid       {out / 'grid.png'}")
     print(f"filmstrip  {out / 'filmstrip.png'}  (x_T on the left, x_0 on the right)")
+    print(f"film       {movie}  (x_T to x_0, the estimates of x_0 beneath)")
     print(f"samples    {out / 'samples.npz'}  (arr_0, uint8 {list(drawn.images.shape)})")
     few = min(50, pipeline.process.num_timesteps)
     other = f"ddim --steps {few}" if command.sampler == "ddpm" else "ddpm"

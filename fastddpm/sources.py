@@ -324,7 +324,14 @@ def _concatenated(parts: list[Part]) -> tuple[Any, str, str | None]:
             # By way of names that nothing else has: one source's image column may be called as another's labels are.
             dataset = dataset.rename_columns({name: f"fastddpm {new}" for name, new in names.items()})
             dataset = dataset.rename_columns({f"fastddpm {new}": new for new in names.values()})
-            dataset = dataset.cast_column(first.image_column, datasets.Image(decode=False))
+            kinds = [source.features[source.image_column] for source in (first, part)]
+            if _pixel_dtype(kinds[0]) is None and _pixel_dtype(kinds[1]) is None:
+                dataset = dataset.cast_column(first.image_column, datasets.Image(decode=False))
+            elif kinds[0] != kinds[1]:
+                raise DataError(
+                    f"{first.name} has images as {kinds[0]} and {part.name} as {kinds[1]}: mixed sources need "
+                    "images of one kind, arrays of one shape, or --data.streaming"
+                )
             if label is not None:
                 dataset = _as_plain_integers(dataset, label)
             sets.append(dataset.with_format(None))
@@ -592,19 +599,26 @@ def _split_names(config: DataConfig, known: list[str]) -> list[str]:
 
 
 def _find_image_column(features: datasets.Features, config: DataConfig) -> str:
-    """The column named by the config or the only one of type Image; DataError otherwise."""
+    """The column named by the config, or the only one of type Image or, failing that, of uint8 arrays; or DataError."""
     name = config.image_column
     if name is not None:
         feature = _feature(features, name, "data.image_column", config)
+        if _pixel_dtype(feature) is not None:
+            _check_dtype(feature, name, config)
+            return name
         struct = isinstance(feature, dict) and ("bytes" in feature or "path" in feature)
         encoded = getattr(feature, "dtype", None) in ("binary", "large_binary", "string", "large_string")
         if not (isinstance(feature, datasets.Image) or struct or encoded):
             raise DataError(
                 f"{config.source}: column {name} (data.image_column) holds {_type_name(feature)}, not images, encoded "
-                f"bytes or paths; columns: {_describe(features)}"
+                f"bytes, paths or arrays of uint8; columns: {_describe(features)}"
             )
         return name
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not found:
+        found = [name for name, feature in features.items() if _pixel_dtype(feature) is not None]
+        if len(found) == 1:
+            _check_dtype(features[found[0]], found[0], config)
     if not found:
         raise DataError(
             f"{config.source}: no column of type Image; columns: {_describe(features)}; "
@@ -613,6 +627,21 @@ def _find_image_column(features: datasets.Features, config: DataConfig) -> str:
     if len(found) > 1:
         raise DataError(f"{config.source}: several image columns: {', '.join(found)}; choose one by data.image_column")
     return found[0]
+
+
+def _pixel_dtype(feature: Any) -> str | None:
+    """The dtype of arrays and nested lists of numbers with two or three axes; None of any other feature."""
+    if isinstance(feature, datasets.Array2D | datasets.Array3D):
+        return str(feature.dtype)
+    axes = 0
+    while isinstance(feature, datasets.List | datasets.LargeList):
+        feature, axes = feature.feature, axes + 1
+    return str(feature.dtype) if axes in (2, 3) and isinstance(feature, datasets.Value) else None
+
+
+def _check_dtype(feature: Any, name: str, config: DataConfig) -> None:
+    if (dtype := _pixel_dtype(feature)) != "uint8":
+        raise DataError(f"{config.source}: column {name} holds arrays of {dtype}, not uint8: convert them to 0 .. 255")
 
 
 def _find_label_column(features: datasets.Features, config: DataConfig) -> str | None:

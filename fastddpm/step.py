@@ -156,7 +156,8 @@ class TrainStep:
                 # The loss kernel has the gradient already: the backward pass starts at the prediction.
                 torch.autograd.backward(prediction, grad)
         self.t = noised.t
-        self._count(noised.t, losses)
+        # As they are, not as importance weights them: a quartile's mean is of the samples that fell in it.
+        self._count(noised.t, losses if noised.importance is None else losses / noised.importance)
         if process.history is not None:
             self._seen.append((ordinals, noised.t, losses))
         return losses

@@ -311,12 +311,20 @@ def test_every_kind_of_run_is_explained(
         (("noise", "{run}", "--temperatures", "-1"), 5, "--temperatures has -1.0: each must be a number of at least 0"),
         (("noise", "{run}", "--steps", "13"), 5, "13"),
         (("forward", "{run}", "--seed", "-1"), 5, "seed is -1"),
+        (("forward", "{run}", "--film", "mp4"), 5, "forward.mp4: for .mp4 the program ffmpeg is needed and is not on"),
         (("backward",), 5, "backward"),
     ],
 )
 def test_bad_input_is_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path, args: tuple[str, ...], code: int, words: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    run: Path,
+    args: tuple[str, ...],
+    code: int,
+    words: str,
 ) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
     out = () if args[0] == "backward" else ("--out", str(tmp_path))
     assert main(["explain", *(arg.format(run=run) for arg in args), *out]) == code
     said = capsys.readouterr()
