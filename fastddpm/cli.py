@@ -96,7 +96,7 @@ class PlanCommand:
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Draw images; writes grid.png, filmstrip.png, denoising.gif and samples.npz (arr_0, uint8 [N, H, W, C]) into DIR."""
+    """Draw images; writes grid.png, filmstrip.png, denoising.gif, samples.npz (arr_0, uint8 [N, H, W, C]) in DIR."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Run folder, local diffusers model or pipeline folder, or Hub id such as google/ddpm-cifar10-32."""

@@ -174,7 +174,7 @@ class Trainer:
         process = TrainingProcess.of(
             self.config.diffusion,
             seed=self.config.seed,
-            # Of what an augmentation has turned, a mirror image is not what the network is told: it mirrors first itself.
+            # The mirror image of what was turned is not what the network is told: augmentation mirrors first.
             flip=self.config.data.flip and not self.config.data.augment,
             batch_size=self.config.batch_size,
             device=acc.device,
@@ -350,7 +350,7 @@ class Trainer:
 
         Power-function averages as "weight/average-WIDTH", past losses by timestep as "loss history/NAME".
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         averages, history = self.train_step.power_averages, self.train_step.process.history
         if averages is not None:
             for width, average in zip(averages.widths, averages.averages, strict=True):
