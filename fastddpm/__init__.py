@@ -10,32 +10,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .averages import PowerAverages
+    from .bound import vlb_term
     from .config import PRESETS, Config, preset
     from .data import DataConfig, open_data
     from .diffusion import NoiseSchedule, ProcessConfig, TrainingProcess
+    from .editing import inpaint, interpolate, start_from, variations
     from .errors import CheckpointError, ConfigError, DataError, FastDDPMError, NumericsError
     from .generate import draw_images
+    from .objectives import LOSSES
     from .pipeline import load_pipeline
-    from .samplers import SAMPLERS, Sampler, to_uint8
+    from .samplers import Sampler, to_uint8
+    from .schedules import SCHEDULES
+    from .solvers import SAMPLERS
     from .trainer import Trainer
     from .unet import UNet, UNetConfig
 
 _HOMES = {
+    "averages": ("PowerAverages",),
+    "bound": ("vlb_term",),
     "config": ("PRESETS", "Config", "preset"),
     "data": ("DataConfig", "open_data"),
     "diffusion": ("NoiseSchedule", "ProcessConfig", "TrainingProcess"),
+    "editing": ("inpaint", "interpolate", "start_from", "variations"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "FastDDPMError", "NumericsError"),
     "generate": ("draw_images",),
+    "objectives": ("LOSSES",),
     "pipeline": ("load_pipeline",),
-    "samplers": ("SAMPLERS", "Sampler", "to_uint8"),
+    "samplers": ("Sampler", "to_uint8"),
+    "schedules": ("SCHEDULES",),
+    "solvers": ("SAMPLERS",),
     "trainer": ("Trainer",),
     "unet": ("UNet", "UNetConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "LOSSES",
     "PRESETS",
     "SAMPLERS",
+    "SCHEDULES",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -44,6 +58,7 @@ __all__ = [
     "FastDDPMError",
     "NoiseSchedule",
     "NumericsError",
+    "PowerAverages",
     "ProcessConfig",
     "Sampler",
     "Trainer",
@@ -51,10 +66,15 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "draw_images",
+    "inpaint",
+    "interpolate",
     "load_pipeline",
     "open_data",
     "preset",
+    "start_from",
     "to_uint8",
+    "variations",
+    "vlb_term",
 ]
 
 
