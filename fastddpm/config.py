@@ -206,6 +206,11 @@ class Config:
                 f"diffusion.label_dropout is {self.diffusion.label_dropout} and conditional is not set: an "
                 "unconditional run has no labels to drop"
             )
+        if self.grid.guidance != 1 and not self.diffusion.label_dropout:
+            raise ConfigError(
+                f"grid.guidance is {self.grid.guidance}: guidance needs hidden classes (--conditional and "
+                "--diffusion.label-dropout 0.1)"
+            )
         if not 0 <= self.data.augment <= 1:
             raise ConfigError(f"data.augment is {self.data.augment}: it must be in 0 .. 1")
         if self.model.augment_channels:

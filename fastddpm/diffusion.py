@@ -22,6 +22,7 @@ from fastddpm_kernels import (
     draw_normal,
     draw_timesteps,
     draw_uniform,
+    stream_tag,
 )
 
 from .errors import ConfigError
@@ -66,6 +67,9 @@ TimestepSampling = Literal["uniform", "stratified", "loss_aware"]
 TIMESTEPS: tuple[str, ...] = get_args(TimestepSampling)
 Spacing = Literal["trailing", "leading", "linspace"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
+
+
+_TURN_TAG = stream_tag(Stream.TIMESTEP, 1)
 
 
 class Noised(NamedTuple):
@@ -155,7 +159,7 @@ class TrainingProcess:
         return self.config.self_conditioning
 
     @property
-    def _bounded(self) -> bool:
+    def bounded(self) -> bool:
         """Whether terms of the bound are in the loss."""
         return self.config.loss in ("vlb", "hybrid")
 
@@ -177,7 +181,7 @@ class TrainingProcess:
         t, coin, importance = self._drawn(ordinals)
         flip = coin if self.flip else None
         tables = self._tables(x_0)
-        keep = self._bounded or self.self_conditioning
+        keep = self.bounded or self.self_conditioning
         first = torch.float32 if keep or self.config.offset_noise else dtype
         x_t = add_noise(x_0, t, ordinals, *tables, seed=self.seed, flip=flip, dtype=first, impl=self.impl)
         offset = None
@@ -199,7 +203,10 @@ class TrainingProcess:
             return *draw_timesteps(ordinals, num_timesteps, seed=self.seed, impl=self.impl), None
         u, coin = draw_timesteps(ordinals, UNIT, seed=self.seed, impl=self.impl)
         if self.history is None:
-            return stratified(u, ordinals, num_timesteps, self.batch_size), coin, None
+            batches = ordinals.div(self.batch_size, rounding_mode="floor")
+            turn = draw_uniform(batches, 1, seed=self.seed, stream=_TURN_TAG, impl=self.impl)[:, 0]
+            turn = (turn * UNIT).to(torch.int64)  # exact: of 24 bits
+            return stratified(u, turn, ordinals, num_timesteps, self.batch_size), coin, None
         t, importance = self.history.draw(u)
         return t, coin, importance
 
@@ -244,7 +251,7 @@ class TrainingProcess:
         if self._has_squares:
             own = self._own(prediction, noised)
             terms.append(diffusion_loss(own, noised.t, ordinals, *self._tables(own), **self._target(noised, x_0)))
-        if self._bounded:
+        if self.bounded:
             terms.append(self._bound(prediction, noised, x_0))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
@@ -267,7 +274,7 @@ class TrainingProcess:
             losses, grad = diffusion_loss_and_grad(
                 own, noised.t, ordinals, *self._tables(own), grad_scale=grad_scale, **self._target(noised, x_0)
             )
-            if not self._bounded:
+            if not self.bounded:
                 return losses, grad.to(prediction.dtype)
         with torch.enable_grad():
             leaf = prediction.to(torch.promote_types(prediction.dtype, torch.float32)).detach().requires_grad_()
@@ -437,7 +444,7 @@ class ProcessConfig:
             ("p2_gamma", 0 <= self.p2_gamma < math.inf, "at least 0"),
             ("p2_k", 0 < self.p2_k < math.inf, "above 0"),
             ("vlb_weight", 0 < self.vlb_weight < math.inf, "above 0"),
-            ("huber", huber is None or 0 < huber < math.inf, "above 0, or None for the square"),
+            ("huber", huber is None or 1e-6 <= huber < math.inf, "at least 1e-6, or None for the square"),
             ("offset_noise", 0 <= self.offset_noise < math.inf, "at least 0"),
             ("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and below 1"),
         ):
@@ -469,6 +476,11 @@ class ProcessConfig:
                 self.zero_terminal_snr and self.prediction == "eps",
                 "zero_terminal_snr is set and diffusion.prediction eps: eps of pure noise says nothing about x_0; "
                 "valid are v, x_0",
+            ),
+            (
+                self.zero_terminal_snr and self.loss in ("min_snr", "p2"),
+                f"zero_terminal_snr is set and diffusion.loss {self.loss}: its weight is 0 at the last timestep, from "
+                "which sampling starts; valid are simple, vlb, hybrid",
             ),
             (
                 self.dynamic_threshold is not None and not self.clip,

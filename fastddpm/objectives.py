@@ -84,25 +84,25 @@ LOSSES: dict[str, Callable[["ProcessConfig", NoiseSchedule], Array]] = {
 def loss_weights(config: "ProcessConfig", schedule: NoiseSchedule) -> Array:
     """Weight of the mean squared error of the config's own prediction, float64 [T], 0 or more.
 
-    On a schedule of zero terminal SNR min_snr and p2 weight the last timestep with 0, as their formulas say.
-
     Raises:
         ConfigError: if eps is predicted and x_T is pure noise.
     """
     return LOSSES[config.loss](config, schedule)
 
 
-def stratified(u: Tensor, ordinals: Tensor, num_timesteps: int, batch_size: int) -> Tensor:
-    """t int64 [N]: sample number j of its batch draws from the j-th of batch_size equal parts of 0 .. T-1.
+def stratified(u: Tensor, turn: Tensor, ordinals: Tensor, num_timesteps: int, batch_size: int) -> Tensor:
+    """t int64 [N]: each sample of a batch draws from one of batch_size equal parts of 0 .. T-1, no two from the same.
 
-    t = (j UNIT + u) T // (batch_size UNIT) with j = ordinal mod batch_size, computed without so large a product. Exact
-    whole numbers: the same on every device. Over images in random order the marginal is uniform.
+    t = (j UNIT + u) T // (batch_size UNIT) with j = (ordinal + turn) mod batch_size, computed without so large a
+    product. Exact whole numbers: the same on every device. The turn is the batch's own: without it a place in the
+    batch, where the lanes of a stream put images of the same shards, would see the same timesteps for ever.
 
     Args:
         u: int64 [N], uniform in 0 .. UNIT - 1.
+        turn: int64 [N], the same for all samples of a batch and uniform in 0 .. UNIT - 1 over batches.
         ordinals: int64 [N], positions in the training sequence.
     """
-    part = ordinals % batch_size
+    part = (ordinals + (turn * batch_size >> 31)) % batch_size
     return (part * num_timesteps + (u * num_timesteps >> 31)) // batch_size
 
 

@@ -67,6 +67,8 @@ class _Tables(NamedTuple):
     timesteps: Tensor
     reading: Tensor | None
     """A, B, W [R, 3] where x_0_hat is made outside the kernel, whose own are then 0, 1, 1."""
+    told: list[Any]
+    """The timesteps once more, on the host."""
 
 
 _StepFunction = Callable[[_State], _After]
@@ -209,6 +211,8 @@ class Sampler:
             raise ConfigError(f"guidance_rescale is {guidance_rescale}: it must be in 0 .. 1")
         if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
             raise ConfigError(f"dynamic_threshold is {dynamic_threshold}: it must be above 0 and at most 1")
+        if dynamic_threshold is not None and not clip:
+            raise ConfigError(f"dynamic_threshold is {dynamic_threshold} and clip off: it is a way of clipping")
         if not 0 < clip_range < math.inf:
             raise ConfigError(f"clip_range is {clip_range}: it must be above 0")
         if guidance != 1 and guide is None and null_class is None:
@@ -264,6 +268,8 @@ class Sampler:
             "spacing": process.spacing,
             "self_conditioning": process.self_conditioning,
         }
+        if not options.get("clip", True):
+            own["dynamic_threshold"] = None
         classes = getattr(getattr(unet, "config", None), "num_class_embeds", None)
         if process.label_dropout > 0 and classes is not None:
             own["null_class"] = classes - 1
@@ -384,11 +390,12 @@ class Sampler:
         self._check_first(first_step, x_T)
         # All that a step reads is on the device before the first: a host value would make every step wait.
         state = self._state(images, shape, device, x_T, first_step, class_labels)
-        step = self._stepping(self._tables(device, first_step), ({}, {}), z=None, return_x_0=return_x_0)
+        tables = self._tables(device, first_step)
+        step = self._stepping(tables, ({}, {}), z=None, return_x_0=return_x_0)
         # A graph's tensors are overwritten by its next step: copied for whoever may keep them.
         copies = self.graph and (return_x_0 or watched)
         advance = self._graphed(step, state, (return_x_0, self._opening(first_step))) if self.graph else step
-        timesteps = self.timesteps.tolist()
+        timesteps = tables.told
         for i in range(first_step, len(timesteps)):
             before = state.x
             after = advance(state)
@@ -463,7 +470,8 @@ class Sampler:
         if guide is not None:
             guided = guide.float() + w * (prediction - guide.float())
             if self.guidance_rescale:
-                ratio = _deviation(prediction) / _deviation(guided)
+                own, other = _deviation(prediction), _deviation(guided)
+                ratio = torch.where(other > 0, own / torch.where(other > 0, other, 1.0), 1.0)
                 guided = guided * (self.guidance_rescale * ratio + (1 - self.guidance_rescale))
             prediction = guided
         x_0_hat = a * state.x + b * prediction
@@ -503,7 +511,7 @@ class Sampler:
             whole = told.dtype.kind == "i"
             timesteps = torch.tensor(told, dtype=torch.int64 if whole else torch.float32)
             coefficients = torch.tensor(rows, dtype=torch.float32).to(device)
-            self._on_device[key] = _Tables(coefficients, timesteps.to(device), reading)
+            self._on_device[key] = _Tables(coefficients, timesteps.to(device), reading, told.tolist())
         return self._on_device[key]
 
     def _from(self, first_step: int) -> Table:
@@ -553,6 +561,8 @@ class Sampler:
         if class_labels is None:
             if self.num_classes is not None:
                 raise ConfigError(f"the network is conditional: give class_labels, each in 0 .. {self.num_classes - 1}")
+            if self.null_class is not None:
+                raise ConfigError("guidance by the class that stands for none needs class_labels")
             return None
         if class_labels.shape != images.shape:
             raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
@@ -565,6 +575,9 @@ class Sampler:
             wrong = class_labels[(class_labels < 0) | (class_labels >= embeds)]
             if len(wrong):
                 raise ConfigError(f"class {int(wrong[0])} does not exist: valid are 0 .. {self.num_classes - 1}")
+            known = getattr(getattr(self.guide, "config", None), "num_class_embeds", None)
+            if known is not None and (highest := int(class_labels.max())) >= known:
+                raise ConfigError(f"class {highest} is not one of the guide's: valid are 0 .. {known - 1}")
         return class_labels
 
 
@@ -590,7 +603,7 @@ def _split(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _deviation(x: Tensor) -> Tensor:
     """Standard deviation of each image [N, 1, 1, 1]."""
-    return x.std(dim=(1, 2, 3), keepdim=True)
+    return x.std(dim=(1, 2, 3), keepdim=True, correction=0)
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
@@ -606,9 +619,9 @@ def to_uint8(x: Tensor) -> Tensor:
     """Images [N, C, H, W] in -1 .. 1 as uint8 [N, H, W, C]: round((x + 1) 127.5), clamped to 0 .. 255.
 
     Raises:
-        NumericsError: if a value is NaN, naming the first such image; a byte would hide it.
+        NumericsError: if a value is not finite, naming the first such image; a byte would hide it.
     """
-    bad = torch.isnan(x).flatten(1).any(1)
+    bad = ~torch.isfinite(x).flatten(1).all(1)
     if bad.any():
         first = int(bad.nonzero()[0])
         raise NumericsError(f"sample {first} of {len(x)} holds values that are not numbers: the network has diverged")

@@ -67,8 +67,16 @@ class Levels:
 
     @classmethod
     def at(cls, schedule: NoiseSchedule, timesteps: Sequence[int] | np.ndarray) -> "Levels":
-        """The levels of whole timesteps, descending."""
+        """The levels of whole timesteps, descending.
+
+        Raises:
+            ConfigError: if they are not, or one is not of the schedule.
+        """
         t = np.asarray(timesteps, dtype=np.int64)
+        if not len(t) or (np.diff(t) >= 0).any() or t[-1] < 0 or t[0] >= schedule.num_timesteps:
+            raise ConfigError(
+                f"timesteps are {t.tolist()}: valid are descending ones in 0 .. {schedule.num_timesteps - 1}"
+            )
         alpha_bar = np.asarray(schedule.alpha_bar, dtype=np.float64)
         return cls(t, alpha_bar[t], alpha_bar, len(t))
 
@@ -84,7 +92,13 @@ class Levels:
 
 
 def spaced(schedule: NoiseSchedule, num_steps: int, spacing: str) -> Levels:
-    """The levels of timestep_spacing."""
+    """The levels of timestep_spacing.
+
+    Raises:
+        ConfigError: as that; for a single step that would be taken at t = 0, from pure noise.
+    """
+    if num_steps == 1 < schedule.num_timesteps and spacing in ("leading", "linspace"):
+        raise ConfigError(f"spacing is {spacing}: a single step of it is one at t = 0; take trailing")
     return Levels.at(schedule, timestep_spacing(schedule.num_timesteps, num_steps, spacing))
 
 

@@ -140,6 +140,8 @@ class TrainStep:
                 ordinals, seed=process.seed, p=self.augment, size=(images.shape[2], images.shape[3]), flip=self.flip
             )
             images = apply_augmentation(images, matrices)
+            if process.bounded:  # whose decoder knows 8-bit levels only
+                images = ((images + 1) * 127.5).round() / 127.5 - 1
         noised = process.noise(images, ordinals, self.dtype)
         if labels is not None:
             told["class_labels"] = process.hide_labels(labels, ordinals, self.unet.config.num_class_embeds)

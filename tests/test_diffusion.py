@@ -249,6 +249,7 @@ def test_the_config_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
         ({"loss": "vlb", "huber": 0.1}, "huber is 0.1 and diffusion.loss vlb"),
         ({"loss": "hybrid", "variance": "learned_range", "huber": 0.1}, "huber is 0.1 and diffusion.loss hybrid"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr is set and diffusion.prediction eps: .*valid are v, x_0"),
+        ({"zero_terminal_snr": True, "prediction": "v", "loss": "p2"}, "p2: its weight is 0 at the last timestep"),
         ({"zero_terminal_snr": True, "prediction": "v", "num_timesteps": 1}, "at least 2 timesteps"),
     ],
 )
@@ -262,7 +263,7 @@ def test_fields_that_go_together() -> None:
     for changes in (
         {"loss": "vlb"},
         {"loss": "vlb", "variance": "learned_range", "timesteps": "loss_aware"},
-        {"loss": "min_snr", "huber": 0.1, "prediction": "v", "zero_terminal_snr": True, "timesteps": "stratified"},
+        {"loss": "simple", "huber": 0.1, "prediction": "v", "zero_terminal_snr": True, "timesteps": "stratified"},
         {"loss": "hybrid", "variance": "learned_range", "offset_noise": 0.1, "label_dropout": 0.99},
         {"dynamic_threshold": 1.0, "loss": "p2", "p2_gamma": 0.0},
     ):
