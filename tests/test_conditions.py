@@ -107,7 +107,7 @@ def test_a_config_that_needs_more_than_a_checkpoint_holds_is_refused(whole: Path
 
 def test_quartiles_are_means_of_the_losses_since_the_last_line(tmp_path: Path) -> None:
     config = small(
-        tmp_path / "run", steps=3, log_every=3, conditional=False, data={}, ema={}, diffusion={}, sample_every=0
+        tmp_path / "run", steps=3, log_every=3, conditional=False, data={}, ema={}, diffusion={}, grid={}, sample_every=0
     )
     trainer = Trainer(config)
     sums, counts = np.zeros(4), np.zeros(4)

@@ -240,7 +240,7 @@ def test_the_config_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
         ({"p2_gamma": -1.0}, "diffusion.p2_gamma is -1.0: it must be at least 0"),
         ({"p2_k": 0.0}, "diffusion.p2_k is 0.0"),
         ({"vlb_weight": 0.0}, "diffusion.vlb_weight is 0.0"),
-        ({"huber": 0.0}, "diffusion.huber is 0.0: it must be above 0, or None"),
+        ({"huber": 0.0}, "diffusion.huber is 0.0: it must be at least 1e-6, or None"),
         ({"offset_noise": -0.1}, "diffusion.offset_noise is -0.1: it must be at least 0"),
         ({"label_dropout": 1.0}, "diffusion.label_dropout is 1.0: it must be at least 0 and below 1"),
         ({"label_dropout": -0.1}, "diffusion.label_dropout is -0.1"),

@@ -578,7 +578,7 @@ def test_the_state_goes_on_from_a_checkpoint() -> None:
 # What all of them hold
 
 
-@pytest.mark.parametrize("name", ["min_snr v pure noise", "p2", "vlb small v loss-aware", "hybrid v with everything"])
+@pytest.mark.parametrize("name", ["v pure noise", "p2", "vlb small v loss-aware", "hybrid v with everything"])
 def test_nothing_depends_on_how_a_batch_is_cut(name: str) -> None:
     """Three steps of 1, 2 or 4 virtual processes: timesteps, losses, gradients and history bit for bit."""
     config = replace(SIX, **CONFIGS[name])

@@ -843,9 +843,10 @@ def test_to_uint8() -> None:
     pixels = to_uint8(x)
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 16, 16, 3) and pixels.is_contiguous()
     assert torch.equal(pixels[1, ..., 2].flatten(), torch.arange(256, dtype=torch.uint8))  # inverse of x / 127.5 - 1
-    outside = torch.tensor([-3.0, 3.0, math.inf, -math.inf]).reshape(1, 4, 1, 1)
+    outside = torch.tensor([-3.0, 3.0, 1e30, -1e30]).reshape(1, 4, 1, 1)
     assert to_uint8(outside).flatten().tolist() == [0, 255, 255, 0]
-    x = torch.zeros(3, 1, 2, 2)
-    x[2, 0, 1, 1] = math.nan
-    with pytest.raises(NumericsError, match="sample 2 of 3"):
-        to_uint8(x)
+    for value in (math.nan, math.inf, -math.inf):
+        x = torch.zeros(3, 1, 2, 2)
+        x[2, 0, 1, 1] = value
+        with pytest.raises(NumericsError, match="sample 2 of 3"):
+            to_uint8(x)
