@@ -171,6 +171,8 @@ SMALL = UNetConfig(
 def test_the_estimate_of_memory_is_within_a_tenth_of_what_a_step_takes(model, dtype, recompute, impl):
     if impl is not None and fastddpm_kernels.native_available():
         pytest.skip("no C++ compiler")
+    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("convolutions in bf16 make copies in fp32 on this processor")
     config = preset("digits")
     model = dataclasses.replace(model or config.model, checkpoint_activations=recompute)
     config = dataclasses.replace(config, model=model)

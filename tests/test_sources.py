@@ -242,7 +242,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"source": "digits", "config": "big"}, (8, 8), 1, "data.config=big: digits has no configurations"),
         ({"source": "digits", "workers": -1}, (8, 8), 1, "data.workers is -1"),
         ({"source": "digits", "shuffle_buffer": 0}, (8, 8), 1, "data.shuffle_buffer is 0"),
-        ({"source": "digits"}, (8, 8), 4, "4 channels"),
+        ({"source": "digits"}, (8, 8), 0, "0 channels"),
         ({"source": "digits"}, (0, 8), 1, "0x8"),
     ],
 )
