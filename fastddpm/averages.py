@@ -190,10 +190,14 @@ def _add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def rewind_snapshots(run: Path, step: int) -> None:
-    """Delete snapshots beyond `step`, which a resumed run will write again, and what a kill has left half written."""
+def rewind_snapshots(run: Path, step: int, every: int = 1) -> None:
+    """Delete snapshots beyond `step`, which a resumed run will write again, and what a kill has left half written.
+
+    Args:
+        every: those of steps that are no multiple of it go too.
+    """
     for path in (run / FOLDER).glob("step-*.safetensors"):
-        if (match := _NAME.fullmatch(path.name)) is not None and int(match[1]) > step:
+        if (match := _NAME.fullmatch(path.name)) is not None and (int(match[1]) > step or int(match[1]) % every):
             path.unlink()
     for path in (run / FOLDER).glob(".*.step-*.safetensors"):
         path.unlink()
@@ -341,6 +345,9 @@ def run_ema(command: Any) -> int:
     out = expand(command.out) if command.out is not None else run / FOLDER / f"width-{command.width!r}"
     if out.resolve() == run.resolve():
         raise ConfigError(f"--out is the run folder {run} itself, whose weights would be lost: give another folder")
+    theirs = read_facts(out)
+    if (out / "checkpoints").is_dir() or (theirs is not None and "average" not in theirs):
+        raise ConfigError(f"--out {out} is another run's folder, which would be lost: give another folder")
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in UNet(config.network()).named_parameters()}
     tensors, error = reconstruct(snapshots, command.width, step, shapes)

@@ -96,6 +96,8 @@ def bound_terms(
     dtype = torch.float32 if x_0.device.type == "mps" else torch.float64
     clean = images_to_floats(x_0, dtype)
     channels, height, width = x_0.shape[1:]
+    if not strata:
+        return
     # All at once: a copy from the host waits for what the device is doing.
     drawn = torch.stack([draw_in_stratum(stratum, images, seed) for stratum in strata])
     all_t, all_ordinals = drawn.to(x_0.device), (drawn << 32 | images).to(x_0.device)

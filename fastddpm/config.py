@@ -62,7 +62,7 @@ class EMAConfig:
         "makes the average of any width afterwards (Karras et al. 2024, section 3). None by default."
     )
     snapshot_every: int = 0
-    """Optimiser steps between those snapshots; 0: one at each checkpoint."""
+    """Optimiser steps between those snapshots, beside one at the end; 0: as save_every."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GridConfig:
     steps: int | None = None
     """Network evaluations per image; unset: all timesteps."""
     eta: float = 0.0
-    """DDIM's share of fresh noise, 0 to 1."""
+    """DDIM's share of fresh noise, 0 to 1 (other samplers ignore it)."""
     guidance: float = 1.0
     """Classifier-free guidance of a conditional run with label dropout; 1 is none."""
     batch_size: int = 64
@@ -168,8 +168,6 @@ class Config:
             )
         if self.grid.sampler not in (drawing := [name for name, solver in SAMPLERS.items() if solver.to_image]):
             raise ConfigError(f"grid.sampler is {self.grid.sampler!r}: valid are {', '.join(drawing)}")
-        if self.grid.eta and self.grid.sampler != "ddim":
-            raise ConfigError(f"grid.eta is {self.grid.eta} and grid.sampler {self.grid.sampler}: only ddim has it")
         if self.grid.num < 1 or self.grid.batch_size < 1:
             raise ConfigError(
                 f"grid.num is {self.grid.num} and grid.batch_size {self.grid.batch_size}: both at least 1"
@@ -303,6 +301,7 @@ RUNTIME_FIELDS = frozenset(
         *("preset", "run", "steps", "log_every", "save_every", "sample_every", "keep", "trackers", "data.workers"),
         *("data.cache_gb", "data.resident", "model.checkpoint_activations", "ema.snapshot_every"),
         *("accumulation", "save_async", "sharding", "hang_timeout"),
+        *(f"grid.{field.name}" for field in dataclasses.fields(GridConfig)),
     )
 )
 

@@ -8,8 +8,9 @@ NHWC memory; the noising kernel normalises them on the device.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -399,6 +400,7 @@ class ImageData:
         workers: int | None = None,
         device: torch.device | None = None,
         offset: int = 0,
+        labels: range | None = None,
     ) -> Generator[Batch, None, None]:
         """This rank's micro-batches of steps first_step .. last_step - 1: step by step, accumulation index by index.
 
@@ -407,6 +409,7 @@ class ImageData:
         device: where the batches are wanted; to a GPU each is copied while the step before it runs. By default they
         stay on the host, or on the CPU where the data set is resident.
         offset: position of image 0 of step 0; other than 0 where the batch size was changed in mid-run.
+        labels: those that may come; another is a DataError that names its row, before it reaches a device. None: any.
         Positions are offset + step * batch_size and following, of which this rank has every world-th, so a resumed run
         reads what the uninterrupted one would have.
         No global random state is read or changed. DataError for an image that cannot be used reaches the caller when
@@ -431,10 +434,38 @@ class ImageData:
             if reader.store is not None and reader.store.complete():
                 workers = 0
             if config.resident:
-                return resident_batches(load_resident(reader, workers, device or torch.device("cpu")), reader)
+                resident = load_resident(reader, workers, device or torch.device("cpu"))
+                if resident.labels is not None:
+                    self._check_labels(resident.labels.cpu(), np.arange(len(resident.labels)), labels, reader.rows_of)
+                return resident_batches(resident, reader)
         if device is None or device.type == "cpu":
-            return load(reader, share, workers, pin=False)
-        return copied_ahead(load(reader, share, workers, pin=True), device)
+            return self._labelled(load(reader, share, workers, pin=False), labels)
+        return copied_ahead(self._labelled(load(reader, share, workers, pin=True), labels), device)
+
+    def _labelled(self, batches: Generator[Batch, None, None], labels: range | None) -> Generator[Batch, None, None]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                if batch.labels is not None:
+                    self._check_labels(batch.labels, batch.rows.numpy(), labels)
+                yield batch
+
+    def _check_labels(
+        self,
+        found: torch.Tensor,
+        rows: np.ndarray,
+        valid: range | None,
+        row_of: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+    ) -> None:
+        if valid is None:
+            return
+        wrong = np.flatnonzero(((found < valid.start) | (found >= valid.stop)).numpy())
+        if len(wrong):
+            label, row = int(found[wrong[0]]), int(row_of(rows[wrong[:1]])[0])
+            raise DataError(
+                f"label {label} (column {self.label_column}) of {self.name_row(row)} is not one that the network is "
+                f"told ({valid.start} .. {valid.stop - 1}): correct it, leave such rows out with --data.filter, or "
+                "change --model.num-class-embeds"
+            )
 
     def _decoder(self) -> Decoder:
         from .loader import Decoder

@@ -556,6 +556,9 @@ def _same(a: Array, b: Array) -> bool:
     return np.allclose(a, b, rtol=1e-12, atol=0)
 
 
+_OUR_KEYS = ("label_dropout", "self_conditioning")
+
+
 def to_diffusers_scheduler(process: ProcessConfig) -> dict[str, Any]:
     """scheduler_config.json, without the version of diffusers, of a DDPMScheduler that takes our ancestral steps.
 
@@ -573,7 +576,9 @@ def to_diffusers_scheduler(process: ProcessConfig) -> dict[str, Any]:
     start, end = process.beta_start * 1000 / num_timesteps, process.beta_end * 1000 / num_timesteps
     threshold = process.dynamic_threshold
     computed = name is not None and _same(_diffusers_betas(name, num_timesteps, start, end), beta)
-    return {
+    # What our own samplers have to know of the network beyond diffusers' keys, which passes over others.
+    ours = {key: value for key in _OUR_KEYS if (value := getattr(process, key))}
+    return ours | {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": num_timesteps,
         "beta_schedule": name if computed else "linear",
@@ -629,6 +634,8 @@ def from_diffusers_scheduler(facts: Mapping[str, Any]) -> tuple[ProcessConfig, N
         spacing=spacing,
         zero_terminal_snr=bool(facts.get("rescale_betas_zero_snr", False)),
         loss="hybrid" if variance == "learned_range" else "simple",  # what such nets are trained with
+        label_dropout=float(facts.get("label_dropout", 0.0)),
+        self_conditioning=bool(facts.get("self_conditioning", False)),
         **_clipping_of(facts),
         **named,
     )

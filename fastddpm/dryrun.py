@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from .config import Config, to_dict
 from .diffusion import TrainingProcess
+from .errors import ConfigError
 from .flops import flops_per_image
 from .machine import DTYPES, _measured_precision
 from .step import TrainStep
@@ -110,6 +111,8 @@ def describe(config: Config, world: int = 1) -> str:
         ConfigError: if the config cannot be run.
     """
     config.check()
+    if config.conditional and config.model.num_class_embeds is None:
+        raise ConfigError("a dry run opens no data: say how many classes there are with --model.num-class-embeds")
     images = config.micro_batch(world)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(config.network()).parameters())
@@ -119,7 +122,7 @@ def describe(config: Config, world: int = 1) -> str:
         f"parameters   {parameters:,}",
         f"compute      {flop / 1e9:.3f} GFLOP per image forward, {3 * flop / 1e9:.3f} forward and backward",
     ]
-    state, shared, note = parameters * MASTER_BYTES, 0.0, ""
+    state, shared, note = parameters * (MASTER_BYTES + 4 * len(config.ema.widths)), 0.0, ""
     if config.sharding == "fsdp2" and world > 1:
         # Weights, moments, averages and, after the backward pass, gradients.
         shared = (state + 4 * parameters) * (1 - 1 / world)

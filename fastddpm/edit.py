@@ -109,11 +109,16 @@ def _sampler(command: "EditCommand", options: dict[str, Any], pipeline: Pipeline
     if num_steps is None and usual is not None:
         num_steps = min(usual, pipeline.process.num_timesteps)
     given = {"variance": command.variance, "spacing": command.spacing}
+    sampler = command.sampler or ("ddim" if inverted else "ddpm")
+    if command.variance is not None and sampler != "ddpm":
+        raise ConfigError(f"--variance is {command.variance} and the sampler is {sampler}: only ddpm has it")
+    if command.spacing is not None and sampler == "heun":
+        raise ConfigError(f"--spacing is {command.spacing} and the sampler is heun, which has a grid of its own")
     return Sampler.of(
         pipeline.process,
         pipeline.unet,
         pipeline.schedule,
-        sampler=command.sampler or ("ddim" if inverted else "ddpm"),
+        sampler=sampler,
         num_steps=num_steps,
         eta=command.eta,
         guidance=command.guidance,
@@ -279,6 +284,11 @@ def _class_label(command: "EditCommand", pipeline: Pipeline) -> int | None:
             raise ConfigError(f"--class is {command.label}: {command.source} was trained without classes")
         return None
     if command.label is None and pipeline.process.label_dropout > 0:
+        if command.guidance != 1:
+            raise ConfigError(
+                f"--guidance is {command.guidance} and no --class is given: there is nothing to guide to; valid are "
+                f"classes 0 .. {classes - 1}"
+            )
         return classes
     if command.label is None or not 0 <= command.label < classes:
         raise ConfigError(f"--class is {command.label}: {command.source} has the classes 0 .. {classes - 1}")

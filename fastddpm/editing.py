@@ -364,7 +364,7 @@ def invert(
     if _draws_noise(sampler):
         raise ConfigError(f"{sampler.sampler} draws noise and cannot be run backwards: take ddim with eta 0")
     if sampler.self_conditioning:
-        raise ConfigError("a self-conditioned network cannot be run backwards: interpolate in noise")
+        raise ConfigError("a self-conditioned network cannot be run backwards: interpolate in noise (--how noise)")
     if len(sampler.timesteps) < 2:
         raise ConfigError("the sampler has 1 step: to run it backwards takes at least 2")
     alpha_bar = [*sampler.table.alpha_bar.tolist(), 1.0]

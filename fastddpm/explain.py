@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 SHOWN = {"forward": 8, "noise": 8, "bound": 32}
 """Images of each topic where --num is not given."""
+OF_ONE_TOPIC = {"steps": ("noise",), "temperatures": ("noise",), "film": ("forward",)}
 MOMENT_VALUES = 1 << 16
 """Pixel values, at least, over which moments of the forward process are taken."""
 LEAST_DIVERSITY = 64
@@ -71,6 +72,10 @@ def run_explain(command: "ExplainCommand") -> int:
     if num < 1:
         raise ConfigError(f"--num is {num}: it must be at least 1")
     check_seed(command.seed)
+    for field in dataclasses.fields(command):
+        topics = OF_ONE_TOPIC.get(field.name)
+        if topics is not None and command.topic not in topics and getattr(command, field.name) != field.default:
+            raise ConfigError(f"--{field.name} is an option of explain {' and '.join(topics)}, not of {command.topic}")
     if command.topic != "forward" and not command.run:
         raise ConfigError(f"explain {command.topic} is about a trained network: fastddpm explain {command.topic} RUN")
     run = expand(command.run) if command.run else None

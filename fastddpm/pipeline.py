@@ -43,6 +43,9 @@ def write_pipeline(run: Path, model: UNetConfig, process: ProcessConfig, ema: di
     version = {"_diffusers_version": DIFFUSERS_VERSION}
     write_json(run / "unet" / "config.json", model.to_diffusers() | version)
     write_json(run / "scheduler" / "scheduler_config.json", to_diffusers_scheduler(process) | version)
+    if model.conditional or process.self_conditioning:
+        (run / "model_index.json").unlink(missing_ok=True)
+        return  # DDPMPipeline would give the network no class, and no estimate: such a folder holds a UNet2DModel
     # Last: the file that says "this is a pipeline" appears when everything it names is there.
     index = {
         "_class_name": "DDPMPipeline",
@@ -91,7 +94,7 @@ def load_pipeline(source: str, device: torch.device | str = "cpu") -> Pipeline:
     """
     root = _locate(source)
     run = _run_config(root)
-    if run is not None and not (root / "model_index.json").is_file():
+    if run is not None and not (root / "scheduler" / "scheduler_config.json").is_file():
         raise CheckpointError(f"{source} has no weights yet: they are written at the run's first save")
     model_folder = root / "unet" if (root / "unet").is_dir() else root
     facts = _read_config(model_folder / "config.json", source)

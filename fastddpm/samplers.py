@@ -268,6 +268,12 @@ class Sampler:
             "spacing": process.spacing,
             "self_conditioning": process.self_conditioning,
         }
+        kind = getattr(getattr(unet, "config", None), "class_embed_type", None)
+        if kind is not None:
+            raise ConfigError(
+                f"the model's class_embed_type is {kind}: only classes that are numbers (num_class_embeds) can be "
+                "sampled"
+            )
         if not options.get("clip", True):
             own["dynamic_threshold"] = None
         classes = getattr(getattr(unet, "config", None), "num_class_embeds", None)
@@ -362,7 +368,9 @@ class Sampler:
             ConfigError: for a sampler with a history, or arguments as for sample.
         """
         if self.table.num_history:
-            raise ConfigError(f"{self.sampler} has no single steps: each of its steps needs what the one before left")
+            raise ConfigError(
+                f"{self.sampler} has no single steps, each needs what the one before left: take ddpm or ddim"
+            )
         if not 0 <= i < len(self.timesteps):
             raise ConfigError(f"step {i} does not exist: valid are 0 .. {len(self.timesteps) - 1}")
         channels, height, width = x_t.shape[1:]

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,8 +50,12 @@ def run_sample(command: "SampleCommand") -> int:
         for net in (pipeline.unet, guide):
             if net is not None:
                 compile_unet(net)
-    if pipeline.num_classes is not None and not command.labels and acc.is_main_process:
-        print(f"classes 0 .. {pipeline.num_classes - 1} in turn: --class chooses", file=sys.stderr)
+    num_classes = pipeline.num_classes
+    for label in command.labels if num_classes is not None else ():
+        if num_classes is not None and not 0 <= label < num_classes:
+            raise ConfigError(f"class {label} does not exist: valid are 0 .. {num_classes - 1}")
+    if num_classes is not None and not command.labels and acc.is_main_process:
+        print(f"classes 0 .. {num_classes - 1} in turn: --class chooses", file=sys.stderr)
     start = time.perf_counter()
     drawn = draw_images(
         sampler,
@@ -68,7 +73,8 @@ def run_sample(command: "SampleCommand") -> int:
     print(f"{command.num} images in {seconds:.1f} s ({command.num / seconds:.2f} images/s)", file=sys.stderr)
     save_samples(drawn.images, out / "samples.npz")
     save_picture(filmstrip(drawn.film), out / "filmstrip.png")
-    save_picture(grid(drawn.images[:GRID_IMAGES]), out / "grid.png")
+    columns = num_classes if num_classes is not None and num_classes <= 20 and not command.labels else None
+    save_picture(grid(drawn.images[:GRID_IMAGES], columns), out / "grid.png")  # a column a class
     assert drawn.movie is not None  # this is rank 0
     movie = write_film(out / "denoising", *drawn.movie)
     print(f"grid       {out / 'grid.png'}")
@@ -126,11 +132,8 @@ def make_sampler(command: "SampleCommand", pipeline: Pipeline, guide: UNet | Non
                 raise ConfigError(f"--{name} is given and --guidance is 1, which is none: give --guidance above 1")
     if command.variance is not None and command.sampler != "ddpm":
         raise ConfigError(f"--variance is {command.variance} and the sampler is {command.sampler}: only ddpm has it")
-    if pipeline.unet.config.class_embed_type is not None:
-        raise ConfigError(
-            f"the model's class_embed_type is {pipeline.unet.config.class_embed_type}: only classes that are numbers "
-            "(num_class_embeds) can be sampled"
-        )
+    if command.spacing is not None and command.sampler == "heun":
+        raise ConfigError(f"--spacing is {command.spacing} and the sampler is heun, which has a grid of its own")
     given_or_own: dict[str, Any] = {
         "variance": command.variance,
         "spacing": command.spacing,
@@ -139,7 +142,8 @@ def make_sampler(command: "SampleCommand", pipeline: Pipeline, guide: UNet | Non
     for net in (pipeline.unet, guide):
         if net is not None:
             net.cast_weights(dtype)
-    return Sampler.of(
+    make = partial(
+        Sampler.of,
         pipeline.process,
         pipeline.unet,
         pipeline.schedule,
@@ -147,7 +151,6 @@ def make_sampler(command: "SampleCommand", pipeline: Pipeline, guide: UNet | Non
         num_steps=command.steps,
         eta=command.eta,
         churn=command.churn,
-        temperature=command.temperature,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
         guidance_rescale=command.guidance_rescale,
@@ -157,3 +160,12 @@ def make_sampler(command: "SampleCommand", pipeline: Pipeline, guide: UNet | Non
         graph=command.graph,
         **{name: value for name, value in given_or_own.items() if value is not None},
     )
+    sampler = make()
+    if command.temperature == 1:
+        return sampler
+    if not sampler.table.column("F").any():
+        raise ConfigError(
+            f"--temperature is {command.temperature} and the sampler is {command.sampler}, which as it is set draws no "
+            "noise to scale"
+        )
+    return make(temperature=command.temperature)

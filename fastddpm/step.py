@@ -24,7 +24,7 @@ from .unet import UNet
 
 QUARTILES = 4
 FIXED_POINT = 2.0**24  # of sums of losses: integers add up to the same in any order and over any restart
-LARGEST_LOSS = 2.0**16
+LARGEST_LOSS = 2.0**22
 EAGER_STEPS = 3  # before a graph is captured: libraries choose their algorithms and allocate in them
 
 
@@ -174,7 +174,8 @@ class TrainStep:
     def _count(self, t: Tensor, losses: Tensor) -> None:
         quartile = (t * QUARTILES).div(self.process.schedule.num_timesteps, rounding_mode="floor")
         within = quartile[:, None] == torch.arange(QUARTILES, device=t.device)
-        bounded = losses.float().nan_to_num(0.0, LARGEST_LOSS).clamp(max=LARGEST_LOSS)
+        within &= losses.isfinite()[:, None]  # the others are in numerics.jsonl
+        bounded = losses.float().nan_to_num(0.0, 0.0, 0.0).clamp(max=LARGEST_LOSS)
         fixed = (bounded * FIXED_POINT).round().to(torch.int64)
         self.quartiles += torch.stack((torch.where(within, fixed[:, None], 0), within.to(torch.int64))).sum(1)
 

@@ -293,7 +293,8 @@ class Trainer:
             self.checkpoints.sweep()
             self.log.rewind(self.step)
             self.events.rewind(self.step)
-            rewind_snapshots(self.run, self.step)
+            # Of the last step of a run that is prolonged too: a run of so many steps at once would not have it.
+            rewind_snapshots(self.run, self.step, self._snapshot_every if self.step < self.config.steps else 1)
             stored = read_facts(self.run) if newest is not None else None
             changes = [
                 *((stored or {}).get("changes") or []),
@@ -364,13 +365,20 @@ class Trainer:
         return key.rpartition("/")[2].startswith(OWN[0]) or key.startswith(OWN[1])
 
     def _load_own(self, tensors: dict[str, Tensor], path: Path) -> None:
-        own = self._own_tensors()
-        for key, place in own.items():
-            if key not in tensors or tensors[key].shape != place.shape:
-                raise CheckpointError(f"{path} has no {key} of shape {list(place.shape)}, which this config needs")
+        """Go on from them; what an allowed change has added begins here: averages with these weights, losses unknown.
+
+        Raises:
+            CheckpointError: something is missing though the config has not changed.
+        """
+        own, weights = self._own_tensors(), dict(zip(self.names, self.weights, strict=True))
         with torch.no_grad():
             for key, place in own.items():
-                place.copy_(tensors[key])
+                if key in tensors and tensors[key].shape == place.shape:
+                    place.copy_(tensors[key])
+                elif not self.changes:
+                    raise CheckpointError(f"{path} has no {key} of shape {list(place.shape)}, which this config needs")
+                elif not key.startswith(OWN[1]):
+                    place.copy_(local(weights[key.rpartition("/")[0]]))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -488,7 +496,7 @@ class Trainer:
                     if logged:
                         self._write_record(clock.close_window(self._record(done)), progress)
                         self.train_step.quartiles.zero_()
-                    if self._snapshot_due(saved):
+                    if self._snapshot_due():
                         watch.at(self.step, "writing snapshots of averages")
                         with clock.paused():
                             self._write_snapshots()
@@ -520,6 +528,8 @@ class Trainer:
         clock, watch = _Clock(), HangWatch(0.0, lambda message: None)
         with flushed_denormals(), contextlib.closing(self._batches(number)) as batches:
             while self.step < number:
+                if self.step % self.config.log_every == 0:  # where the run wrote a line, and began anew
+                    self.train_step.quartiles.zero_()
                 done = self._optimizer_step(batches, clock, watch)
                 self.step += 1
                 self.samples_seen += self.config.batch_size
@@ -541,7 +551,16 @@ class Trainer:
             workers=config.data.workers,
             device=acc.device,
             offset=self.samples_seen - self.step * config.batch_size,
+            labels=self._labels,
         )
+
+    @property
+    def _labels(self) -> range | None:
+        """What the network can be told: the classes, and -1 for none where it has a class of its own."""
+        classes = self.config.model.num_class_embeds
+        if classes is None or not self.config.conditional:
+            return None
+        return range(-1 if self.config.diffusion.label_dropout else 0, classes)
 
     def _optimizer_step(self, batches: Iterator[Batch], clock: "_Clock", watch: HangWatch) -> _Done:
         """One optimiser step over accumulation micro-batches; the host waits for nothing but data."""
@@ -657,13 +676,18 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.log.write(record)
         if self.config.trackers:
-            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            told = {k: v for k, v in record.items() if k not in ("step", "loss_quartiles")}
+            told |= {f"loss_quartile_{q}": v for q, v in enumerate(record["loss_quartiles"], 1) if v is not None}
+            self.accelerator.log(told, step=record["step"])
         progress.report(record)
 
-    def _snapshot_due(self, saved: bool) -> bool:
-        every = self.config.ema.snapshot_every
-        due = self.step % every == 0 or self.step == self.config.steps if every else saved
+    def _snapshot_due(self) -> bool:
+        due = self.step % self._snapshot_every == 0 or self.step == self.config.steps
         return due and self.train_step.power_averages is not None
+
+    @property
+    def _snapshot_every(self) -> int:
+        return self.config.ema.snapshot_every or self.config.save_every
 
     def _write_snapshots(self) -> None:
         """Of the power-function averages, ahead of the checkpoint of the same step. Called on all ranks.
@@ -743,7 +767,7 @@ class Trainer:
             self.schedule,
             sampler=config.grid.sampler,
             num_steps=config.grid.steps,
-            eta=config.grid.eta,
+            eta=config.grid.eta if config.grid.sampler == "ddim" else 0.0,
             guidance=config.grid.guidance,
             dtype=DTYPES[config.precision],
             seed=config.seed,
@@ -758,7 +782,8 @@ class Trainer:
         )
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         if acc.is_main_process:
-            save_picture(grid(drawn.images), path)
+            classes = config.model.num_class_embeds
+            save_picture(grid(drawn.images, classes if classes is not None and classes <= 20 else None), path)
         acc.wait_for_everyone()
         return path
 

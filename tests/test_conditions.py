@@ -3,8 +3,10 @@
 Everything is addressed by position, so a run with all of it goes on bitwise.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from fastddpm.checkpoint import Checkpoints
-from fastddpm.config import Config, preset, to_dict
+from fastddpm.config import Config, preset, read_config, to_dict
 from fastddpm.diffusion import ProcessConfig, TrainingProcess
 from fastddpm.errors import ConfigError, DataError
 from fastddpm.pipeline import load_pipeline
-from fastddpm.step import TrainStep
+from fastddpm.step import FIXED_POINT, TrainStep
 from fastddpm.trainer import Trainer
 from fastddpm.unet import UNet
 
@@ -86,6 +88,7 @@ def test_a_run_with_everything_goes_on_bitwise(whole: Path, tmp_path: Path) -> N
     assert {"average-0.05", "average-0.2", "exp_avg"} <= names and any(
         k.startswith("loss history/") for k in a.optimizer
     )
+    assert {path.name for path in (whole / "ema").iterdir()} == {path.name for path in (run / "ema").iterdir()}
     for path in (whole / "ema").iterdir():
         ours, theirs = load_file(path), load_file(run / "ema" / path.name)
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -107,7 +110,15 @@ def test_a_config_that_needs_more_than_a_checkpoint_holds_is_refused(whole: Path
 
 def test_quartiles_are_means_of_the_losses_since_the_last_line(tmp_path: Path) -> None:
     config = small(
-        tmp_path / "run", steps=3, log_every=3, conditional=False, data={}, ema={}, diffusion={}, grid={}, sample_every=0
+        tmp_path / "run",
+        steps=3,
+        log_every=3,
+        conditional=False,
+        data={},
+        ema={},
+        diffusion={},
+        grid={},
+        sample_every=0,
     )
     trainer = Trainer(config)
     sums, counts = np.zeros(4), np.zeros(4)
@@ -216,3 +227,47 @@ def test_two_processes_draw_the_same_timesteps_and_lose_alike(whole: Path, tmp_p
         assert a["loss_quartiles"] == pytest.approx(b["loss_quartiles"], rel=1e-4)
     one, two = (Checkpoints(r).load(Checkpoints(r).all()[-1]).optimizer["loss history/losses"] for r in (whole, run))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_that_the_network_is_not_told_are_named_before_they_reach_it(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", model={"num_class_embeds": 10}, diffusion={}, grid={}, ema={})
+    trainer = Trainer(config)
+    trainer.data.num_classes = None  # as of a stream of plain numbers
+    fewer = dataclasses.replace(config, model=dataclasses.replace(config.model, num_class_embeds=4))
+    trainer.config = fewer
+    with pytest.raises(DataError, match=r"label \d \(.*\) of .* is not one that the network is told \(0 \.\. 3\)"):
+        list(trainer._batches(2))
+    resident = dataclasses.replace(trainer.data.config, resident=True)
+    trainer.data.config = resident
+    with pytest.raises(DataError, match="is not one that the network is told"):
+        list(trainer._batches(1))
+
+
+def test_losses_that_are_not_finite_are_in_no_quartile(tmp_path: Path) -> None:
+    step = Trainer(small(tmp_path / "run", conditional=False, diffusion={}, data={}, ema={}, grid={})).train_step
+    step._count(torch.tensor([0, 300, 600, 600]), torch.tensor([1.0, float("nan"), float("inf"), 3.0]))
+    assert (step.quartiles[0] / FIXED_POINT).tolist() == [1.0, 0.0, 3.0, 0.0]
+    assert step.quartiles[1].tolist() == [1, 0, 1, 0]
+
+
+def test_averages_and_histories_begin_where_an_allowed_change_adds_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    plain = {"conditional": False, "data": {}, "grid": {}, "sample_every": 0}
+    Trainer(small(run, steps=4, ema={}, diffusion={}, **plain)).train()
+    changed = small(run, steps=6, diffusion={"timesteps": "loss_aware"}, **plain)
+    trainer = Trainer(changed, allow_change=("ema.widths", "diffusion.timesteps"))
+    averages = trainer.train_step.power_averages
+    assert averages is not None
+    assert all(torch.equal(a, w) for a, w in zip(averages.averages[0], trainer.weights, strict=True))
+    trainer.train()
+    own = Checkpoints(run).load(Checkpoints(run).all()[-1]).optimizer
+    assert any("average-0.2" in key for key in own) and "loss history/losses" in own
+
+
+def test_replay_has_the_quartiles_of_the_log(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    last = records(run)[-1]
+    config = dataclasses.replace(read_config(run), run=str(run))
+    found = Trainer(config, replay=last["step"]).replay()
+    assert found["loss"] == last["loss"] and found["loss_quartiles"] == last["loss_quartiles"]
