@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from .editing import Interpolation, inpaint, repaint_walk, start_from, start_step
 from .errors import ConfigError, DataError
 from .files import expand, writable_folder
+from .generate import Callback, draw_shared
 from .images import ImageProblem, decode_image, parse_background
 from .machine import DTYPES, make_accelerator, settle_precision
 from .pictures import captioned, grid, save_animation, save_picture, save_samples
 from .pipeline import Pipeline, load_pipeline
-from .runlog import make_bar
-from .samplers import Sampler, to_uint8
+from .samplers import Sampler
 
 if TYPE_CHECKING:
     from .cli import EditCommand
@@ -63,7 +62,7 @@ def run_edit(command: "EditCommand") -> int:
     sampler = _sampler(command, options, pipeline, precision)
     start = time.perf_counter()
     inputs, count, calls, draw = _task(command, options, pipeline, sampler, acc.device)
-    images = _draw_shared(
+    images = draw_shared(
         count, pipeline.shape, command.batch_size, calls, draw, "editing" if acc.is_main_process else None
     )
     if not acc.is_main_process:
@@ -128,7 +127,7 @@ def _sampler(command: "EditCommand", options: dict[str, Any], pipeline: Pipeline
     )
 
 
-_Draw = Callable[[torch.Tensor, Callable[[int, int, torch.Tensor], object]], torch.Tensor]
+_Draw = Callable[[torch.Tensor, Callback], torch.Tensor]
 
 
 def _task(
@@ -183,32 +182,6 @@ def _task(
             sampler, picture, strength, numbers, device=device, class_labels=labels(numbers), callback=callback
         ),
     )
-
-
-def _draw_shared(
-    num: int, shape: tuple[int, int, int], batch_size: int, calls: int, draw: _Draw, title: str | None
-) -> np.ndarray:
-    """Pictures 0 .. num - 1, uint8 [num, H, W, C], an equal share of them drawn on each rank; empty on other ranks.
-
-    calls: of the network for each picture. title: of the progress bar; None: no bar.
-    """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    share = -(-num // world)
-    images = np.empty((world * share if rank == 0 else 0, *shape[1:], shape[0]), np.uint8)
-    with make_bar(title or "", "steps", share * calls, enabled=title is not None) as bar:
-        for start in range(0, share, batch_size):
-            numbers = rank * share + torch.arange(start, min(start + batch_size, share))
-            parts = [to_uint8(draw(numbers, lambda i, t, x: bar.update(len(x))))]
-            if several:
-                everyone = [torch.empty_like(parts[0]) for _ in range(world)]
-                dist.all_gather(everyone, parts[0])
-                parts = everyone
-            if rank == 0:
-                for owner, part in enumerate(parts):
-                    first = owner * share + start
-                    images[first : first + len(part)] = part.cpu().numpy()
-    return images[:num]
 
 
 def _read(option: str, path: str, pipeline: Pipeline, command: "EditCommand") -> np.ndarray:

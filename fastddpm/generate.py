@@ -1,13 +1,12 @@
 """Draw many images with a sampler, in batches, on all ranks; image n is the same however many ranks and batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from .errors import ConfigError
 from .pictures import film_steps
@@ -15,6 +14,9 @@ from .runlog import make_bar
 from .samplers import SAMPLERS, Sampler, to_uint8
 
 MOVIE_FRAMES = 60
+
+Callback = Callable[[int, Any, torch.Tensor], object]
+"""Told of each step of a sampler: its number, its timestep, the state it gave."""
 
 
 class Movie(NamedTuple):
@@ -56,7 +58,7 @@ def draw_images(
     Args:
         shape: (C, H, W) of one image.
         batch_size: images per network call on each rank.
-        num_film: how many of the first images to keep a film of.
+        num_film: how many of the first images to keep a film of, as far as rank 0 draws them.
         classes: image n is of the class classes[n % len(classes)]; None: all classes of the network in turn, 0, 1, 2,
             ..., or none of an unconditional one.
         progress: show a bar on stderr, if that is a terminal.
@@ -70,27 +72,56 @@ def draw_images(
     if classes is None and sampler.num_classes is not None:
         classes = range(sampler.num_classes)
     cycle = None if classes is None else torch.tensor(list(classes))
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    num_steps, on_first = len(sampler.timesteps), not _several() or dist.get_rank() == 0
+    films: list[Movie] = []
+
+    def draw(numbers: torch.Tensor, callback: Callback) -> torch.Tensor:
+        labels = None if cycle is None else cycle[numbers % len(cycle)]
+        filmed = min(num_film, num) - int(numbers[0]) if on_first else 0
+        if filmed <= 0:
+            return sampler.sample(numbers, shape, device, class_labels=labels, callback=callback)
+        x_0, film = _filmed(sampler, numbers, shape, device, labels, filmed, callback)
+        films.append(film)
+        return x_0
+
+    images = draw_shared(num, shape, batch_size, num_steps, draw, "sampling" if progress else None)
+    if not films:
+        return Drawn(images, np.empty((0, 0, *images.shape[1:]), np.uint8))
+    states, estimates = (np.concatenate([getattr(f, name) for f in films], 1) for name in ("states", "estimates"))
+    places = _kept_states(num_steps)
+    strip = [places.index(state) for state in film_steps(num_steps)]
+    moving = [places.index(state) for state in film_steps(num_steps, MOVIE_FRAMES)]
+    captions = [films[0].captions[i] for i in moving]
+    return Drawn(images, states[strip], Movie(states[moving], estimates[moving], captions))
+
+
+def draw_shared(
+    num: int,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    calls: int,
+    draw: Callable[[torch.Tensor, Callback], torch.Tensor],
+    title: str | None = None,
+) -> np.ndarray:
+    """Pictures 0 .. num - 1, uint8 [num, H, W, C], an equal share of them drawn on each rank; empty on other ranks.
+
+    Args:
+        shape: (C, H, W) of one picture.
+        batch_size: pictures that a rank draws at a time.
+        calls: of the network for each picture.
+        draw: makes the pictures of these numbers (int64 [n] on the host) as float32 [n, C, H, W] in -1 .. 1, and tells
+            its callback of each call, as Sampler.sample does.
+        title: of the progress bar on stderr, if that is a terminal; None: no bar.
+    """
+    several = _several()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     # Equal shares, so that every rank makes the same number of network calls; surplus images are cut off below.
     share = -(-num // world)
-    num_steps = len(sampler.timesteps)
-    bar = make_bar("sampling", "steps", share * num_steps, enabled=progress)
     images = np.empty((world * share if rank == 0 else 0, *shape[1:], shape[0]), np.uint8)
-    films: list[Movie] = []
-    with bar:
+    with make_bar(title or "", "steps", share * calls, enabled=title is not None) as bar:
         for start in range(0, share, batch_size):
             numbers = rank * share + torch.arange(start, min(start + batch_size, share))
-            labels = None if cycle is None else cycle[numbers % len(cycle)]
-            filmed = min(num_film, num) - start if rank == 0 else 0
-            if filmed > 0:
-                x_0, film = _filmed(sampler, numbers, shape, device, labels, filmed, bar)
-                films.append(film)
-            else:
-                x_0 = sampler.sample(
-                    numbers, shape, device, class_labels=labels, callback=lambda i, t, x: bar.update(len(x))
-                )
-            parts = [to_uint8(x_0)]
+            parts = [to_uint8(draw(numbers, lambda i, t, x: bar.update(len(x))))]
             if several:  # batch by batch to the host of rank 0, so that no device holds all images
                 everyone = [torch.empty_like(parts[0]) for _ in range(world)]
                 dist.all_gather(everyone, parts[0])
@@ -99,14 +130,11 @@ def draw_images(
                 for owner, part in enumerate(parts):
                     first = owner * share + start
                     images[first : first + len(part)] = part.cpu().numpy()
-    if not films:
-        return Drawn(images[:num], np.empty((0, 0, *images.shape[1:]), np.uint8))
-    states, estimates = (np.concatenate([getattr(f, name) for f in films], 1) for name in ("states", "estimates"))
-    places = _kept_states(num_steps)
-    strip = [places.index(state) for state in film_steps(num_steps)]
-    moving = [places.index(state) for state in film_steps(num_steps, MOVIE_FRAMES)]
-    captions = [films[0].captions[i] for i in moving]
-    return Drawn(images[:num], states[strip], Movie(states[moving], estimates[moving], captions))
+    return images[:num]
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _kept_states(num_steps: int) -> list[int]:
@@ -121,7 +149,7 @@ def _filmed(
     device: torch.device,
     class_labels: torch.Tensor | None,
     num: int,
-    bar: tqdm,
+    callback: Callback,
 ) -> tuple[torch.Tensor, Movie]:
     """One batch of images, and the way of its first `num` at the states of _kept_states."""
     wanted = set(_kept_states(len(sampler.timesteps)))
@@ -136,6 +164,6 @@ def _filmed(
     for step in sampler.steps(numbers, shape, device, class_labels=class_labels):
         if step.i in wanted:
             keep(step.x_t, step.x_0_hat, f"t = {step.t:.4g}")
-        bar.update(len(numbers))
+        callback(step.i, step.t, step.x_0_hat)
     keep(step.x_0_hat, step.x_0_hat, "x_0")  # the last step of every sampler returns its x_0_hat
     return step.x_0_hat, Movie(np.stack(states), np.stack(estimates), captions)
