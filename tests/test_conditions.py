@@ -271,3 +271,37 @@ def test_replay_has_the_quartiles_of_the_log(whole: Path, tmp_path: Path) -> Non
     config = dataclasses.replace(read_config(run), run=str(run))
     found = Trainer(config, replay=last["step"]).replay()
     assert found["loss"] == last["loss"] and found["loss_quartiles"] == last["loss_quartiles"]
+
+
+def everything_step(device: str, graph: bool) -> TrainStep:
+    config = small(Path("unused"), model={"block_out_channels": (8, 16), "norm_num_groups": 4, "num_class_embeds": 10})
+    nets = [UNet(config.network(), seed=2).to(device) for _ in range(2)]
+    process = TrainingProcess.of(config.diffusion, seed=3, flip=False, batch_size=16, device=device)
+    options = {"augment": 0.3, "flip": True, "graph": graph, "horizon": 100}
+    return TrainStep(nets[0].train(), nets[1].eval(), process, config.optim, config.ema, **options)
+
+
+def check_same_state(a: TrainStep, b: TrainStep, **tolerance: float) -> None:
+    assert torch.equal(a.quartiles[1], b.quartiles[1]) and torch.equal(a.t, b.t)
+    torch.testing.assert_close(a.quartiles[0].double(), b.quartiles[0].double(), **tolerance)
+    assert a.process.history is not None and b.process.history is not None
+    torch.testing.assert_close(a.process.history.losses, b.process.history.losses, **tolerance)
+    assert a.power_averages is not None and b.power_averages is not None
+    for ours, theirs in zip(a.power_averages.averages, b.power_averages.averages, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_a_graphed_step_keeps_all_of_the_state(graph: bool) -> None:
+    """Quartiles, history, averages and timesteps are written by each replay, from labels that are copied in."""
+    device = "cuda" if graph else "cpu"
+    plain, other = everything_step(device, False), everything_step(device, graph)
+    for number in range(8):
+        generator = torch.Generator().manual_seed(number)
+        images = torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8, generator=generator).to(device)
+        labels = torch.randint(-1, 10, (16,), generator=generator).to(device)
+        ordinals = torch.arange(number * 16, number * 16 + 16, device=device)
+        first = [step(images, ordinals, number, labels)[0].clone() for step in (plain, other)]
+        torch.testing.assert_close(*first, rtol=1e-3, atol=1e-4)
+    check_same_state(plain, other, rtol=1e-3, atol=1e-3)
+    assert (plain.process.history.losses >= 0).any() and len(plain._seen) == len(other._seen) == 0  # type: ignore[union-attr]
