@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 
@@ -31,7 +31,7 @@ else:  # the choices of --help are those of the table that lead to an image
 
 T = TypeVar("T")
 
-EvaluateMetric = Literal["nll", "nll_ode"]
+EvaluateMetric = Literal["nll", "nll_ode", "fid", "kid", "is", "precision", "recall"]
 
 USAGE = """\
 usage: fastddpm COMMAND [options]
@@ -224,12 +224,16 @@ class EvaluateCommand:
     metrics: tuple[EvaluateMetric, ...] = ("nll",)
     (
         "nll: the variational bound in bits per dimension, as L_T, the sum of L_{t-1}, and L_0; nll_ode: the "
-        "likelihood under the probability-flow ODE, with Hutchinson's estimate of the divergence."
+        "likelihood under the probability-flow ODE, with Hutchinson's estimate of the divergence; fid, kid, precision, "
+        "recall: distances between features of samples and of real images; is: the inception score of the samples."
     )
     source: str | None = None
     """Images to measure on, written as --data.source; unset: the run's own."""
     split: str | None = None
-    """Split to measure on; unset: test, or of the digits, which have no other, the images they were trained on."""
+    (
+        "Split to measure on; unset: for nll and nll_ode test, or of the digits, which have no other, the images they "
+        "were trained on; for distances between features the split that was trained on, as in the literature."
+    )
     num: int | None = None
     """Images, from the first of the split on; unset: all of them."""
     batch_size: int = 64
@@ -243,8 +247,27 @@ class EvaluateCommand:
     """nll_ode: steps of the solver (Runge-Kutta of fourth order: four network evaluations each)."""
     probes: int = 2
     """nll_ode: Hutchinson probes per image; from one alone the error of the estimate is not known."""
+    num_samples: int = 10_000
+    """fid, kid, is, precision, recall: samples that are drawn."""
+    sampler: SamplerName = "ddim"
+    """fid, kid, is, precision, recall: sampler that draws them, by its name in `sample --sampler`."""
+    sampler_steps: int | None = None
+    """fid, kid, is, precision, recall: its steps; unset: 50, or all timesteps where those are fewer."""
+    guidance: float = 1.0
+    """fid, kid, is, precision, recall: classifier-free guidance of the samples; 1 is none."""
+    features: str = "classifier"
+    (
+        "Where features come from: classifier (a small one, trained on the data's own labels and kept), inception "
+        "(torch-fidelity's), torchvision:NAME or timm:NAME."
+    )
+    features_weights: str | None = None
+    """File of the extractor's weights; unset: where its library keeps them."""
+    features_download: bool = False
+    """Let torch-fidelity download Inception's weights."""
+    features_epochs: int = 24
+    """classifier: epochs of its training."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise, and of the samples."""
     out: str | None = None
     """Folder to write into; unset: RUN/evaluation."""
     precision: Precision = "fp32"
@@ -458,6 +481,8 @@ def _simple(kind: type[T], name: str, args: list[str]) -> T:
 
 def evaluate(args: list[str]) -> int:
     """`fastddpm evaluate`."""
+    known = set(get_args(EvaluateMetric))  # which may be joined by commas too
+    args = [part for word in args for part in (word.split(",") if known.issuperset(word.split(",")) else [word])]
     command = _simple(EvaluateCommand, "evaluate", args)
     from .evaluation import run_evaluate
 

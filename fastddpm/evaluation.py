@@ -10,9 +10,10 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,12 +27,15 @@ from .config import Config, read_config
 from .data import DataConfig, ImageData, open_data
 from .diffusion import NoiseSchedule, ProcessConfig, check_seed
 from .errors import ConfigError, DataError, NumericsError
+from .features import open_extractor
 from .files import expand, writable_folder, write_json
 from .likelihood import BITS_OF_BIN, dequantise, draw_probes, ode_log_likelihood
 from .machine import DTYPES, make_accelerator, settle_precision
-from .pictures import curve_plot, save_picture
+from .pictures import curve_plot, grid, save_picture
 from .pipeline import Pipeline, load_pipeline
+from .quality import FEATURE_METRICS, measure_quality
 from .runlog import make_bar, to_json
+from .samplers import Sampler
 from .unet import UNet
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ def run_evaluate(command: "EvaluateCommand") -> int:
     if config is None:
         raise ConfigError(f"{run} is not a run folder: it has no config.json")
     make_strata(config.diffusion.num_timesteps, command.every)  # says so before anything is loaded if it cannot
+    of_features = [name for name in dict.fromkeys(command.metrics) if name not in METRICS]
     out = writable_folder(expand(command.out) if command.out else run / "evaluation", "output folder")
     precision, why = settle_precision(command.precision)
     acc = make_accelerator(precision)
@@ -68,36 +73,115 @@ def run_evaluate(command: "EvaluateCommand") -> int:
     pipeline = load_pipeline(str(run), acc.device)
     pipeline.unet.requires_grad_(False)
     pipeline.unet.cast_weights(DTYPES[precision])
-    images = open_split(config, pipeline, source=command.source, split=command.split, num=command.num)
-    if main:
-        remarks = [*([] if why is None else [f"precision  {precision}: {why}"]), *images.remarks]
-        print("\n".join(remarks), file=sys.stderr)
-    facts = {"source": images.source, "split": images.split, "seed": command.seed, "precision": precision}
+    if main and why is not None:
+        print(f"precision  {precision}: {why}", file=sys.stderr)
     record: dict[str, Any] = {}
-    for metric in dict.fromkeys(command.metrics):
-        figures = METRICS[metric](command, pipeline, images, DTYPES[precision], main)
-        record[metric] = figures.summary() | {"split": images.split}
-        if main:
-            details = {metric: record[metric]} | figures.details() | facts
-            write_json(out / f"{metric}.json", json.loads(to_json(details)))
-            print(figures.table(), file=sys.stderr)
-            if (plot := figures.plot(f"{run.resolve().name}: {images.num} images of {images.split}")) is not None:
-                save_picture(plot, out / f"{metric}.png")
-                print(f"curve      {out / f'{metric}.png'}", file=sys.stderr)
+    if of_features:
+        record |= _measure_features(command, config, pipeline, of_features, DTYPES[precision], out, main)
+    if len(of_features) < len(set(command.metrics)):
+        record |= _measure_likelihoods(command, config, pipeline, DTYPES[precision], out, main)
     if main:
         print(to_json(record))
     return 0
 
 
+def _measure_features(
+    command: "EvaluateCommand",
+    config: Config,
+    pipeline: Pipeline,
+    metrics: Sequence[str],
+    dtype: torch.dtype,
+    out: Path,
+    main: bool,
+) -> dict[str, Any]:
+    """Distances between features of samples and of real images."""
+    split = command.split or (config.data.split if command.source is None else "train")
+    real = open_split(config, pipeline, source=command.source, split=split, num=command.num)
+    sampler = Sampler.of(
+        pipeline.process,
+        pipeline.unet,
+        pipeline.schedule,
+        sampler=command.sampler,
+        num_steps=command.sampler_steps or min(50, pipeline.process.num_timesteps),
+        guidance=command.guidance,
+        dtype=dtype,
+        seed=command.seed,
+    )
+    if main:
+        print(f"images     {real.num} of split {real.split} of {real.source}", file=sys.stderr)
+    device = pipeline.unet.device
+
+    def say(line: str) -> None:
+        if main:
+            print(line, file=sys.stderr)
+
+    extractor = open_extractor(
+        command.features,
+        device=device,
+        data=open_split(config, pipeline, source=command.source, split=config.data.split).data,
+        weights=command.features_weights,
+        download=command.features_download,
+        epochs=command.features_epochs,
+        say=say,
+    )
+    quality = measure_quality(
+        metrics,
+        sampler,
+        real.data,
+        real.rows,
+        extractor,
+        num_samples=command.num_samples,
+        shape=pipeline.shape,
+        device=device,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        progress=main,
+        say=say,
+    )
+    record: dict[str, Any] = dict(quality.figures)
+    record["features"] = quality.facts | {"source": real.source, "split": real.split}
+    if main:
+        print("\n".join([*quality.remarks, quality.table()]), file=sys.stderr)
+        write_json(out / "quality.json", json.loads(to_json(record)))
+        save_picture(grid(quality.pictures), out / "quality.png")
+        print(f"samples    {out / 'quality.png'}", file=sys.stderr)
+    return record
+
+
+def _measure_likelihoods(
+    command: "EvaluateCommand", config: Config, pipeline: Pipeline, dtype: torch.dtype, out: Path, main: bool
+) -> dict[str, Any]:
+    """The bound, and the likelihood by the ODE, of images of the split."""
+    images = open_split(config, pipeline, source=command.source, split=command.split, num=command.num)
+    if main:
+        print("\n".join(images.remarks), file=sys.stderr)
+    facts = {"source": images.source, "split": images.split, "seed": command.seed, "precision": command.precision}
+    title = f"{expand(command.run).resolve().name}: {images.num} images of {images.split}"
+    record: dict[str, Any] = {}
+    for metric in [name for name in dict.fromkeys(command.metrics) if name in METRICS]:
+        figures = METRICS[metric](command, pipeline, images, dtype, main)
+        record[metric] = figures.summary() | {"split": images.split}
+        if main:
+            details = {metric: record[metric]} | figures.details() | facts
+            write_json(out / f"{metric}.json", json.loads(to_json(details)))
+            print(figures.table(), file=sys.stderr)
+            if (plot := figures.plot(title)) is not None:
+                save_picture(plot, out / f"{metric}.png")
+                print(f"curve      {out / f'{metric}.png'}", file=sys.stderr)
+    return record
+
+
 def _check(command: "EvaluateCommand") -> None:
     if not command.metrics:
-        raise ConfigError(f"--metrics is empty: valid are {', '.join(METRICS)}")
+        raise ConfigError(f"--metrics is empty: valid are {', '.join((*METRICS, *FEATURE_METRICS))}")
     for name, value in (
         ("num", command.num),
         ("batch-size", command.batch_size),
         ("every", command.every),
         ("steps", command.steps),
         ("probes", command.probes),
+        ("num-samples", command.num_samples),
+        ("sampler-steps", command.sampler_steps),
     ):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}: it must be at least 1")

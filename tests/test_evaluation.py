@@ -411,7 +411,7 @@ def test_images_of_other_channels_are_said_to_be(run, conditional, tmp_path, cap
         (["--steps", "0"], 5, "--steps is 0: it must be at least 1"),
         (["--probes", "-1"], 5, "--probes is -1: it must be at least 1"),
         (["--seed", "-1"], 5, "seed is -1: it must be in 0 .. 2^63 - 1"),
-        (["--metrics", "fid"], 5, "fid"),
+        (["--metrics", "fud"], 5, "fud"),
         (["--metrics"], 5, "--metrics is empty: valid are nll, nll_ode"),
         (["--out", "/dev/null/x"], 5, "output folder /dev/null/x cannot be written"),
         (["--source", "folder:/nowhere"], 4, "no such folder: /nowhere"),

@@ -1,0 +1,218 @@
+"""How good a run's samples are: distances between features of samples and of real images, on all ranks.
+
+Each rank draws an equal share of the samples, rounds them to 8 bits and takes their features; sums of features, in
+float64, are added over ranks, and where a metric needs the features themselves they come together in order of image
+number. So 1, 2 or 4 processes give the same figures for the same 8-bit images.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .data import ImageData
+from .errors import ConfigError
+from .features import Extractor, reference_statistics
+from .generate import Callback, draw_shared
+from .metrics import (
+    FEATURE_METRICS,
+    SUBSET_SIZE,
+    FeatureSums,
+    check_metrics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from .samplers import Sampler, to_uint8
+
+__all__ = ["FEATURE_METRICS", "Quality", "measure_quality"]
+
+_NEED_FEATURES = {"kid", "precision", "recall"}  # of single images, and not their sums alone
+MOST_FEATURES = 50_000
+"""Real images, at most, whose features are kept one by one."""
+SHOWN = 64
+"""Samples that are kept as pictures."""
+
+
+@dataclass
+class Quality:
+    """Figures by the metric's name, and what they are of."""
+
+    figures: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    pictures: np.ndarray
+    """uint8 [n, H, W, C]: the first samples; empty on ranks other than 0."""
+    remarks: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """For people."""
+        lines = []
+        for name, values in self.figures.items():
+            spread = next((f" +- {values[key]:.4g}" for key in ("stderr", "std") if values.get(key) is not None), "")
+            lines.append(f"{name:10} {values['value']:.6g}{spread}")
+        return "\n".join(lines)
+
+
+def measure_quality(
+    metrics: Collection[str],
+    sampler: Sampler,
+    data: ImageData,
+    rows: np.ndarray,
+    extractor: Extractor,
+    *,
+    num_samples: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    batch_size: int = 64,
+    seed: int = 0,
+    subset_size: int | None = None,
+    progress: bool = False,
+    say: Callable[[str], object] = print,
+) -> Quality:
+    """Draw samples and compare them with real images. Called on all ranks, all of which get the figures.
+
+    Args:
+        metrics: names of FEATURE_METRICS.
+        sampler: draws images 0 .. num_samples - 1 of its seed, of a conditional network all classes in turn.
+        data, rows: the real images: rows (int64) as ImageData numbers them.
+        extractor: the same weights on every rank.
+        shape: (C, H, W) of an image.
+        seed: of KID's subsets.
+        subset_size: of KID; None: 1000, or half of the smaller set where that is less.
+        progress: show a bar on stderr, if that is a terminal.
+        say: told, in a line, of work that takes long.
+
+    Raises:
+        ConfigError: too few images for a metric, no probabilities for the inception score, or ranks with extractors of
+            different weights.
+        DataError: a real image that cannot be used.
+        NumericsError: a sample that holds values which are not numbers.
+    """
+    names = list(dict.fromkeys(metrics))
+    subset = subset_size or min(SUBSET_SIZE, len(rows) // 2, num_samples // 2)
+    check_metrics(
+        names,
+        num_real=len(rows),
+        num_fake=num_samples,
+        dim=extractor.dim,
+        num_classes=extractor.num_classes,
+        subset_size=subset,
+    )
+    _check_alike(extractor)
+    kept = min(len(rows), MOST_FEATURES) if _NEED_FEATURES.intersection(names) else 0
+    reference = reference_statistics(data, rows, extractor, num_features=kept, say=say)
+    fake = _draw(sampler, num_samples, shape, device, batch_size, extractor, progress)
+    figures: dict[str, dict[str, Any]] = {}
+    if "fid" in names:
+        figures["fid"] = {"value": frechet_distance(_on_host(reference.sums), fake.sums)}
+    if "kid" in names:
+        value, stderr = kernel_distance(reference.features, fake.features, seed=seed, subset_size=subset)
+        figures["kid"] = {"value": value, "stderr": stderr if math.isfinite(stderr) else None, "subset_size": subset}
+    if "is" in names:
+        value, std = inception_score(fake.probabilities)
+        figures["is"] = {"value": value, "std": std}
+    if {"precision", "recall"}.intersection(names):
+        both = dict(zip(("precision", "recall"), precision_recall(reference.features, fake.features), strict=True))
+        figures |= {name: {"value": both[name]} for name in names if name in both}
+    facts = {
+        "num_samples": num_samples,
+        "num_reference": len(rows),
+        "extractor": extractor.name,
+        "extractor_version": extractor.version,
+        "sampler": sampler.sampler,
+        "sampler_steps": len(sampler.timesteps),
+        "sampler_seed": sampler.seed,
+        **{f"extractor_{key}": value for key, value in extractor.about.items() if isinstance(value, int | float | str)},
+    }
+    return Quality({name: figures[name] for name in names}, facts, fake.pictures, list(extractor.remarks))
+
+
+@dataclass
+class _Drawn:
+    sums: FeatureSums
+    features: Tensor
+    """float32 [N, D] on the host, in order of image number."""
+    probabilities: Tensor | None
+    pictures: np.ndarray
+
+
+def _draw(
+    sampler: Sampler,
+    num: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    batch_size: int,
+    extractor: Extractor,
+    progress: bool,
+) -> _Drawn:
+    """Features of images 0 .. num - 1, of all ranks on each of them."""
+    world, share = _world(), -(-num // _world())
+    classes = sampler.num_classes
+    sums = FeatureSums.zeros(extractor.dim, "cpu" if device.type == "mps" else device)  # which has no float64
+    features = torch.zeros(share, extractor.dim)
+    probabilities = None if extractor.num_classes is None else torch.zeros(share, extractor.num_classes)
+    first = _rank() * share
+
+    def draw(numbers: Tensor, callback: Callback) -> Tensor:
+        labels = None if classes is None else numbers % classes
+        x_0 = sampler.sample(numbers, shape, device, class_labels=labels, callback=callback)
+        found, logits = extractor(to_uint8(x_0))
+        own = len(numbers) - max(0, int(numbers[-1]) + 1 - num)  # surplus images make shares equal, and do not count
+        if own > 0:
+            sums.add(found[:own].to(sums.sum.device))
+        place = slice(int(numbers[0]) - first, int(numbers[0]) - first + len(numbers))
+        features[place] = found.float().cpu()
+        if probabilities is not None and logits is not None:
+            probabilities[place] = logits.float().softmax(1).cpu()
+        return x_0
+
+    # The pictures are gathered besides: 8 bits of a pixel are few beside its features.
+    pictures = draw_shared(num, shape, batch_size, len(sampler.timesteps), draw, "sampling" if progress else None)
+    flat = sums.flat()
+    if world > 1:
+        dist.all_reduce(flat)
+        features = _gathered(features, device)
+        probabilities = None if probabilities is None else _gathered(probabilities, device)
+    return _Drawn(
+        FeatureSums.from_flat(flat.cpu()),
+        features[:num],
+        None if probabilities is None else probabilities[:num],
+        pictures[:SHOWN],
+    )
+
+
+def _gathered(own: Tensor, device: torch.device) -> Tensor:
+    """The shares of all ranks [world * n, D], one behind the other, on the host."""
+    everyone = [torch.empty_like(own, device=device) for _ in range(_world())]
+    dist.all_gather(everyone, own.to(device))
+    return torch.cat([part.cpu() for part in everyone])
+
+
+def _on_host(sums: FeatureSums) -> FeatureSums:
+    return FeatureSums.from_flat(sums.flat().cpu())
+
+
+def _check_alike(extractor: Extractor) -> None:
+    if _world() == 1:
+        return
+    versions: list[Any] = [None] * _world()
+    dist.all_gather_object(versions, extractor.version)
+    if len(set(versions)) > 1:
+        raise ConfigError(
+            f"the processes have {extractor.name} extractors of different weights, as machines without a shared cache "
+            "train them: give all of them one file with --features-weights"
+        )
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
