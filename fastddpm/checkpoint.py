@@ -288,6 +288,8 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int = 3, peers: Peers | Alone | None = None) -> None:
         self.folder = run / "checkpoints"
         self.keep = keep
+        self.spared: int | None = None
+        """Step of a checkpoint that is kept besides."""
         self.peers = peers or Alone()
 
     def all(self) -> list[Path]:
@@ -380,6 +382,8 @@ class Checkpoints:
         """Delete all but the last `keep` up to step `newest`; what cannot be deleted stays."""
         with suppress(OSError):  # the new one is committed, and the next save tries again
             for path in [path for path in self.all() if _step_of(path) <= newest][: -self.keep]:
+                if _step_of(path) == self.spared:
+                    continue
                 # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
                 path.rename(doomed := self.folder / f".old-{os.getpid()}-{next(_ATTEMPT)}")
                 shutil.rmtree(doomed, ignore_errors=True)

@@ -16,6 +16,7 @@ from .augment import AUGMENT_PARAMETERS
 from .data import DataConfig
 from .diffusion import ProcessConfig
 from .errors import ConfigError
+from .metrics import FEATURE_METRICS
 from .samplers import SAMPLERS
 from .unet import UNetConfig
 
@@ -84,6 +85,35 @@ class GridConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Quality of the samples, measured during training (RUN/quality.jsonl); the best checkpoint is kept."""
+
+    every: int = 0
+    """Optimiser steps between measurements, each of which saves a checkpoint too; 0: none."""
+    metrics: tuple[str, ...] = ("fid",)
+    """Of fid, kid, is, precision, recall; the first one says which checkpoint is the best."""
+    num_samples: int = 2000
+    """Samples of the averaged weights."""
+    sampler: str = "ddim"
+    """Sampler that draws them, by its name in `sample --sampler`."""
+    steps: int | None = None
+    """Its steps; unset: 50, or all timesteps where those are fewer."""
+    guidance: float = 1.0
+    """Classifier-free guidance of a conditional run with label dropout; 1 is none."""
+    batch_size: int = 64
+    """Images per network call on each process."""
+    features: str = "classifier"
+    (
+        "Where features come from: classifier (a small one, trained on the data's own labels and kept), inception "
+        "(torch-fidelity's), torchvision:NAME or timm:NAME."
+    )
+    features_weights: str | None = None
+    """File of the extractor's weights; unset: where its library keeps them."""
+    features_epochs: int = 24
+    """classifier: epochs of its training."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run is a function of, and how often it reports."""
 
@@ -141,6 +171,8 @@ class Config:
     """Average of the weights."""
     grid: GridConfig = field(default_factory=GridConfig)
     """Sample grids during training."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Quality during training."""
 
     def check(self) -> None:
         """Check what can be checked without data or devices.
@@ -183,6 +215,7 @@ class Config:
             )
         if not 0 <= self.grid.eta <= 1:
             raise ConfigError(f"grid.eta is {self.grid.eta}: it must be in 0 .. 1")
+        self._check_eval()
         self.diffusion.check()
         self.check_numbers()
         if self.model.in_channels != self.model.out_channels:
@@ -191,6 +224,21 @@ class Config:
                 "the network predicts one value per input value, so they must be equal"
             )
         self._check_conditions()
+
+    def _check_eval(self) -> None:
+        if self.eval.every < 0:
+            raise ConfigError(f"eval.every is {self.eval.every}: give 0 for no measurements, or a number of steps")
+        for name in self.eval.metrics or ("",):
+            if name not in FEATURE_METRICS:
+                raise ConfigError(f"eval.metrics has {name!r}: valid are {', '.join(FEATURE_METRICS)}")
+        if not SAMPLERS.get(self.eval.sampler, SAMPLERS["ddim_inverse"]).to_image:
+            drawing = [name for name, solver in SAMPLERS.items() if solver.to_image]
+            raise ConfigError(f"eval.sampler is {self.eval.sampler!r}: valid are {', '.join(drawing)}")
+        for name in ("num_samples", "batch_size", "features_epochs", "steps"):
+            if (value := getattr(self.eval, name)) is not None and value < 1:
+                raise ConfigError(f"eval.{name} is {value}: it must be at least 1")
+        if (self.eval.steps or 1) > self.diffusion.num_timesteps:
+            raise ConfigError(f"eval.steps is {self.eval.steps}: it must be in 1 .. {self.diffusion.num_timesteps}")
 
     def _check_conditions(self) -> None:
         if self.model.class_embed_type is not None:
@@ -204,11 +252,12 @@ class Config:
                 f"diffusion.label_dropout is {self.diffusion.label_dropout} and conditional is not set: an "
                 "unconditional run has no labels to drop"
             )
-        if self.grid.guidance != 1 and not self.diffusion.label_dropout:
-            raise ConfigError(
-                f"grid.guidance is {self.grid.guidance}: guidance needs hidden classes (--conditional and "
-                "--diffusion.label-dropout 0.1)"
-            )
+        for part, guidance in (("grid", self.grid.guidance), ("eval", self.eval.guidance)):
+            if guidance != 1 and not self.diffusion.label_dropout:
+                raise ConfigError(
+                    f"{part}.guidance is {guidance}: guidance needs hidden classes (--conditional and "
+                    "--diffusion.label-dropout 0.1)"
+                )
         if not 0 <= self.data.augment <= 1:
             raise ConfigError(f"data.augment is {self.data.augment}: it must be in 0 .. 1")
         if self.model.augment_channels:
@@ -302,6 +351,7 @@ RUNTIME_FIELDS = frozenset(
         *("data.cache_gb", "data.resident", "model.checkpoint_activations", "ema.snapshot_every"),
         *("accumulation", "save_async", "sharding", "hang_timeout"),
         *(f"grid.{field.name}" for field in dataclasses.fields(GridConfig)),
+        *(f"eval.{field.name}" for field in dataclasses.fields(EvalConfig)),
     )
 )
 

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .config import Config
 from .data import ImageData
 from .errors import ConfigError
-from .features import Extractor, reference_statistics
+from .features import Extractor, open_extractor, reference_statistics
 from .generate import Callback, draw_shared
 from .metrics import (
     FEATURE_METRICS,
@@ -31,8 +32,9 @@ from .metrics import (
 )
 from .samplers import Sampler, to_uint8
 
-__all__ = ["FEATURE_METRICS", "Quality", "measure_quality"]
+__all__ = ["FEATURE_METRICS", "Quality", "RunQuality", "measure_quality"]
 
+LESS_IS_BETTER = {"fid", "kid"}
 _NEED_FEATURES = {"kid", "precision", "recall"}  # of single images, and not their sums alone
 MOST_FEATURES = 50_000
 """Real images, at most, whose features are kept one by one."""
@@ -131,6 +133,68 @@ def measure_quality(
         **{f"extractor_{key}": value for key, value in extractor.about.items() if isinstance(value, int | float | str)},
     }
     return Quality({name: figures[name] for name in names}, facts, fake.pictures, list(extractor.remarks))
+
+
+class RunQuality:
+    """Quality of a run's averaged weights while it trains: opened at the start, so that what is missing is said then.
+
+    Args:
+        config: eval says what is measured.
+        data: the images that the run trains on, which samples are compared with, each row once.
+        device: of the networks.
+        say: told, in a line, of work that takes long.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as open_extractor and measure_quality, before anything is drawn; images
+            that are streamed without a number.
+    """
+
+    def __init__(self, config: Config, data: ImageData, device: torch.device, say: Callable[[str], object]) -> None:
+        self.config, self.data, self.device, self.say = config, data, device, say
+        if data.num_images is None:
+            raise ConfigError(f"eval.every is set and {config.data.source} does not say how many images it has")
+        rows = data.rows_at(np.arange(data.num_images), 0)
+        assert rows is not None
+        self.rows = np.unique(rows)
+        ours = config.eval
+        self.extractor = open_extractor(
+            ours.features, device=device, data=data, weights=ours.features_weights, epochs=ours.features_epochs, say=say
+        )
+        for remark in self.extractor.remarks:
+            say(remark)
+        subset = min(SUBSET_SIZE, len(self.rows) // 2, ours.num_samples // 2)
+        check_metrics(
+            ours.metrics,
+            num_real=len(self.rows),
+            num_fake=ours.num_samples,
+            dim=self.extractor.dim,
+            num_classes=self.extractor.num_classes,
+            subset_size=subset,
+        )
+
+    def measure(self, sampler: Sampler) -> Quality:
+        """Called on all ranks."""
+        ours = self.config.eval
+        return measure_quality(
+            ours.metrics,
+            sampler,
+            self.data,
+            self.rows,
+            self.extractor,
+            num_samples=ours.num_samples,
+            shape=(self.config.channels, *self.config.model.image_size),
+            device=self.device,
+            batch_size=ours.batch_size,
+            seed=self.config.seed,
+            say=self.say,
+        )
+
+    def best(self, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The best of what measure gave, by the first metric; the earliest of equals."""
+        metric = self.config.eval.metrics[0]
+        known = [record for record in records if record.get(metric) is not None]
+        sign = 1 if metric in LESS_IS_BETTER else -1
+        return min(known, key=lambda record: sign * record[metric], default=None)
 
 
 @dataclass

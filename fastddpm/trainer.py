@@ -49,6 +49,7 @@ from .order import BatchPlan
 from .pictures import grid, save_picture
 from .pipeline import write_pipeline
 from .preflight import check as check_before_training
+from .quality import RunQuality
 from .runlog import Progress, RunLog, read_status, write_status
 from .samplers import Sampler
 from .sharding import Peers, check_sharding, local, rows, shard, total_norm
@@ -197,6 +198,10 @@ class Trainer:
             flip=self.config.data.flip,
         )
         self.log, self.events = RunLog(self.run), RunLog(self.run, "numerics.jsonl")
+        self.qualities = RunLog(self.run, "quality.jsonl")
+        self.quality: RunQuality | None = None
+        if self.config.eval.every and replay is None:
+            self.quality = RunQuality(self.config, self.data, acc.device, self.say)
         self._replayed = replay or 0
         self.samples_seen = 0
         self.replaced = 0
@@ -293,6 +298,7 @@ class Trainer:
             self.checkpoints.sweep()
             self.log.rewind(self.step)
             self.events.rewind(self.step)
+            self.qualities.rewind(self.step)
             # Of the last step of a run that is prolonged too: a run of so many steps at once would not have it.
             rewind_snapshots(self.run, self.step, self._snapshot_every if self.step < self.config.steps else 1)
             stored = read_facts(self.run) if newest is not None else None
@@ -302,6 +308,7 @@ class Trainer:
             ]
             facts = {"versions": versions(), "data": self._data_facts, "config": to_dict(self.config)}
             write_json(self.run / "config.json", facts | ({"changes": changes} if changes else {}))
+            self._spare_best()
             if newest is not None:
                 self._export(state, path)  # a kill may have come between the checkpoint and the pipeline files
         self.accelerator.wait_for_everyone()
@@ -476,6 +483,9 @@ class Trainer:
                 if self.data.warning is not None:
                     progress.say(f"warning: {self.data.warning}")
                 clock = _Clock()
+                if self._eval_due and self.step not in [r["step"] for r in self.qualities.records()]:
+                    with clock.paused():  # a kill has come between the checkpoint and its measurement
+                        self.measure_quality(progress)
                 while self.step < config.steps and not stopped:
                     done = self._optimizer_step(batches, clock, watch)
                     self.step += 1
@@ -488,6 +498,7 @@ class Trainer:
                     stopped = stop.agreed(len(done.replaced))
                     logged = self.step % config.log_every == 0
                     saved = self.step == config.steps or stopped or self.step % config.save_every == 0
+                    saved = saved or self._eval_due
                     if logged or saved:  # what is written down counts every step up to here
                         stopped = stop.settle()
                         saved = saved or stopped
@@ -505,6 +516,10 @@ class Trainer:
                         with clock.paused():
                             self.save()
                         self._write_status("running")
+                    if self._eval_due and not stopped:
+                        watch.at(self.step, "measuring quality")
+                        with clock.paused():
+                            self.measure_quality(progress)
                     if config.sample_every and self.step % config.sample_every == 0 and not stopped:
                         watch.at(self.step, "sampling")
                         with clock.paused():
@@ -757,6 +772,43 @@ class Trainer:
                 write_pipeline(self.run, self.config.network(), self.config.diffusion, ema)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"the pipeline files of {self.run} cannot be written: {error}") from error
+
+    @property
+    def _eval_due(self) -> bool:
+        every = self.config.eval.every
+        return self.quality is not None and self.step > 0 and self.step % every == 0
+
+    def measure_quality(self, progress: Progress) -> None:
+        """Measure samples of the averaged weights, write RUN/quality.jsonl, keep the best checkpoint. On all ranks."""
+        assert self.quality is not None
+        config, ours = self.config, self.config.eval
+        sampler = Sampler.of(
+            config.diffusion,
+            self.ema_unet,
+            self.schedule,
+            sampler=ours.sampler,
+            num_steps=ours.steps or min(50, config.diffusion.num_timesteps),
+            guidance=ours.guidance,
+            dtype=DTYPES[config.precision],
+            seed=config.seed,
+        )
+        figures = self.quality.measure(sampler).figures
+        record = {"step": self.step, "samples_seen": self.samples_seen}
+        record |= {name: values["value"] for name, values in figures.items()}
+        if self.accelerator.is_main_process:
+            self.qualities.write(record)
+            self._spare_best()
+        if config.trackers:
+            self.accelerator.log({k: v for k, v in record.items() if k in figures}, step=self.step)
+        progress.say(f"step {self.step}: " + ", ".join(f"{name} {v['value']:.4g}" for name, v in figures.items()))
+        self.accelerator.wait_for_everyone()
+
+    def _spare_best(self) -> None:
+        """The best checkpoint so far is not pruned, and named in RUN/best.json."""
+        best = self.quality.best(self.qualities.records()) if self.quality is not None else None
+        if best is not None:
+            self.checkpoints.spared = best["step"]
+            write_json(self.run / "best.json", best | {"checkpoint": f"checkpoints/step-{best['step']:08d}"})
 
     def draw_grid(self) -> Path:
         """Sample a grid with the averaged weights into RUN/samples. Called on all ranks."""

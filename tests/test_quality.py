@@ -19,7 +19,7 @@ from fastddpm.errors import ConfigError
 from fastddpm.features import Extractor
 from fastddpm.generate import draw_images
 from fastddpm.metrics import FeatureSums, frechet_distance, inception_score, kernel_distance, precision_recall
-from fastddpm.quality import FEATURE_METRICS, measure_quality
+from fastddpm.quality import FEATURE_METRICS, RunQuality, measure_quality
 from fastddpm.samplers import Sampler
 from fastddpm.trainer import Trainer
 from fastddpm.unet import UNet
@@ -148,3 +148,49 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys, options: list[
         assert main(["evaluate", str(run), "--metrics", "fid", "--out", str(tmp_path / "out"), *options]) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and words in errors[0]
+
+
+def test_the_best_checkpoint_is_kept_and_a_measurement_that_is_missing_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastddpm.quality.open_extractor", lambda *_, **__: extractor_of())
+    run = tmp_path / "run"
+    values = {
+        **{"run": str(run), "steps": 6, "save_every": 100, "sample_every": 0, "keep": 1, "log_every": 6},
+        "model": {"block_out_channels": (8, 16), "norm_num_groups": 4},
+        "eval": {"every": 2, "num_samples": 20, "steps": 2, "metrics": ("precision", "fid")},
+    }
+    with private_cache(tmp_path / "cache"):
+        Trainer(preset("digits", **values)).train()
+        lines = (run / "quality.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [r["step"] for r in records] == [2, 4, 6] and all(r["fid"] > 0 for r in records)
+        best = max(records, key=lambda r: r["precision"])  # the first of equals
+        assert json.loads((run / "best.json").read_text())["step"] == best["step"]
+        kept = {path.name for path in (run / "checkpoints").glob("step-*")}
+        assert f"step-{best['step']:08d}" in kept and "step-00000006" in kept and len(kept) <= 3
+        (run / "quality.jsonl").write_text("\n".join(lines[:2]) + "\n")
+        Trainer(preset("digits", **values | {"steps": 7})).train()
+        assert (run / "quality.jsonl").read_text().splitlines() == lines
+
+
+def test_a_smaller_distance_and_a_larger_precision_are_better() -> None:
+    records = [{"step": s, "fid": f, "precision": p} for s, f, p in ((1, 3.0, 0.2), (2, 2.0, 0.3), (3, 2.0, 0.1))]
+    for metric, step in (("fid", 2), ("precision", 2)):
+        quality = object.__new__(RunQuality)
+        quality.config = preset("digits", eval={"metrics": (metric,)})
+        found = quality.best(records)
+        assert found is not None and found["step"] == step
+
+
+def test_what_a_run_cannot_measure_is_said_at_its_start(tmp_path: Path) -> None:
+    for changes, words in (
+        ({"metrics": ("nll",)}, r"eval\.metrics has 'nll': valid are fid, kid"),
+        ({"sampler": "ddim_inverse"}, r"eval\.sampler is 'ddim_inverse'"),
+        ({"steps": 4000}, r"eval\.steps is 4000"),
+        ({"guidance": 2.0}, r"eval\.guidance is 2\.0"),
+        ({"features": "inception"}, "inception"),
+        ({"num_samples": 0}, r"eval\.num_samples is 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Trainer(preset("digits", run=str(tmp_path / "run"), eval={"every": 5, **changes}))
