@@ -361,7 +361,7 @@ def run_ema(command: Any) -> int:
         f"average    width {command.width:g} after step {step}, from {len(snapshots)} snapshots of "
         f"{'widths' if len(stored) > 1 else 'width'} {', '.join(f'{width:g}' for width in stored)}"
     )
-    print(f"profile    matched to {error:.2%}")
+    print(f"profile    {error:.2%} away from that of this width")
     if error > POOR_MATCH:
         print("           more snapshots (--ema.snapshot-every), or widths nearer to this one, would match it better")
     print(f"next       fastddpm sample {shlex.quote(str(out))} --out {shlex.quote(f'{out}/samples')}")

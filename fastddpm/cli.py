@@ -71,7 +71,7 @@ class ReplayCommand:
     Launch it as the run was: on the same number of processes the loss is the logged one, bit by bit.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     step: int
     """The step, counted from 1 as in log.jsonl and numerics.jsonl."""
@@ -209,8 +209,8 @@ class EditCommand:
     """Result n of a seed is the same whatever the batch size and the number of processes."""
     batch_size: int = 64
     """Images per network call on each process."""
-    out: str = "edited"
-    """Folder to write into; made if it is not there."""
+    out: str | None = None
+    """Folder to write into, made if it is not there; unset: edited/TASK."""
     precision: Precision = "fp32"
     """Arithmetic of the network: fp32, bf16, fp16 (GPU only), or auto: bf16 where it is faster."""
 
@@ -219,7 +219,7 @@ class EditCommand:
 class EvaluateCommand:
     """Measure a run; prints one JSON line, writes numbers and a plot into RUN/evaluation (or DIR)."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     metrics: tuple[EvaluateMetric, ...] = ("nll",)
     (
@@ -284,7 +284,7 @@ class ExplainCommand:
         "inference, the same seeds with full, reduced and no noise; bound: from log p(x_0) to the three terms to the "
         "eps loss, each line with its number."
     )
-    run: Annotated[str, tyro.conf.Positional] = ""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Run folder; forward needs none (it takes the digits)."""
     num: int | None = None
     """Images shown, 8 unless set (noise measures diversity on at least 64); of bound, images measured: 32."""
@@ -306,7 +306,7 @@ class ExplainCommand:
 class EmaCommand:
     """Make the weights averaged over any relative width from the snapshots of a run that kept them (--ema.widths)."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     width: float
     """Relative standard deviation of the average: 0.1 averages over about the last tenth of the training steps."""
@@ -423,6 +423,8 @@ def replay(args: list[str]) -> int:
     config = read_config(run)
     if config is None:
         raise ConfigError(f"{run} is not a run folder: it has no config.json")
+    if command.step > config.steps:
+        raise ConfigError(f"--step is {command.step}: {run} is a run of {config.steps} steps")
     trainer = Trainer(dataclasses.replace(config, run=str(run)), replay=command.step)
     record = json.loads(to_json(trainer.replay()))
     logged = next((line for line in RunLog(run).records() if line["step"] == command.step), None)

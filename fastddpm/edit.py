@@ -52,7 +52,7 @@ def run_edit(command: "EditCommand") -> int:
     options = _options(command)
     if command.batch_size < 1:
         raise ConfigError(f"--batch-size is {command.batch_size}: it must be at least 1")
-    out = writable_folder(expand(command.out), "output folder")
+    out = writable_folder(expand(command.out or f"edited/{command.task}"), "output folder")
     precision, why = settle_precision(command.precision)
     acc = make_accelerator(precision)
     if why is not None and acc.is_main_process:

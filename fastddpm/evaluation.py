@@ -79,7 +79,7 @@ def run_evaluate(command: "EvaluateCommand") -> int:
     if of_features:
         record |= _measure_features(command, config, pipeline, of_features, DTYPES[precision], out, main)
     if len(of_features) < len(set(command.metrics)):
-        record |= _measure_likelihoods(command, config, pipeline, DTYPES[precision], out, main)
+        record |= _measure_likelihoods(command, config, pipeline, precision, out, main)
     if main:
         print(to_json(record))
     return 0
@@ -118,7 +118,7 @@ def _measure_features(
     extractor = open_extractor(
         command.features,
         device=device,
-        data=open_split(config, pipeline, source=command.source, split=config.data.split).data,
+        data=open_split(config, pipeline, split=config.data.split).data if command.features == "classifier" else None,
         weights=command.features_weights,
         download=command.features_download,
         epochs=command.features_epochs,
@@ -149,17 +149,17 @@ def _measure_features(
 
 
 def _measure_likelihoods(
-    command: "EvaluateCommand", config: Config, pipeline: Pipeline, dtype: torch.dtype, out: Path, main: bool
+    command: "EvaluateCommand", config: Config, pipeline: Pipeline, precision: str, out: Path, main: bool
 ) -> dict[str, Any]:
     """The bound, and the likelihood by the ODE, of images of the split."""
     images = open_split(config, pipeline, source=command.source, split=command.split, num=command.num)
     if main:
         print("\n".join(images.remarks), file=sys.stderr)
-    facts = {"source": images.source, "split": images.split, "seed": command.seed, "precision": command.precision}
+    facts = {"source": images.source, "split": images.split, "seed": command.seed, "precision": precision}
     title = f"{expand(command.run).resolve().name}: {images.num} images of {images.split}"
     record: dict[str, Any] = {}
     for metric in [name for name in dict.fromkeys(command.metrics) if name in METRICS]:
-        figures = METRICS[metric](command, pipeline, images, dtype, main)
+        figures = METRICS[metric](command, pipeline, images, DTYPES[precision], main)
         record[metric] = figures.summary() | {"split": images.split}
         if main:
             details = {metric: record[metric]} | figures.details() | facts

@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -234,6 +235,8 @@ def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
     text = json.dumps(about, sort_keys=True)
     metadata = {"about": text, "content": _content(arrays, text)}
     replace_file(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
+    os.umask(mask := os.umask(0))
+    path.chmod(0o666 & ~mask)  # as other files: a shared cache is for all who may read it
     write_json(path.with_suffix(".json"), about)  # for people: nothing reads it
 
 

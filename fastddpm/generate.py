@@ -102,6 +102,7 @@ def draw_shared(
     calls: int,
     draw: Callable[[torch.Tensor, Callback], torch.Tensor],
     title: str | None = None,
+    keep: int | None = None,
 ) -> np.ndarray:
     """Pictures 0 .. num - 1, uint8 [num, H, W, C], an equal share of them drawn on each rank; empty on other ranks.
 
@@ -112,23 +113,29 @@ def draw_shared(
         draw: makes the pictures of these numbers (int64 [n] on the host) as float32 [n, C, H, W] in -1 .. 1, and tells
             its callback of each call, as Sampler.sample does.
         title: of the progress bar on stderr, if that is a terminal; None: no bar.
+        keep: the pictures that are wanted, of the first ones that rank 0 draws; None: all, which are then gathered.
     """
     several = _several()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     # Equal shares, so that every rank makes the same number of network calls; surplus images are cut off below.
     share = -(-num // world)
-    images = np.empty((world * share if rank == 0 else 0, *shape[1:], shape[0]), np.uint8)
+    held = world * share if keep is None else min(keep, num, share)
+    images = np.empty((held if rank == 0 else 0, *shape[1:], shape[0]), np.uint8)
     with make_bar(title or "", "steps", share * calls, enabled=title is not None) as bar:
         for start in range(0, share, batch_size):
             numbers = rank * share + torch.arange(start, min(start + batch_size, share))
-            parts = [to_uint8(draw(numbers, lambda i, t, x: bar.update(len(x))))]
-            if several:  # batch by batch to the host of rank 0, so that no device holds all images
+            drawn = draw(numbers, lambda i, t, x: bar.update(len(x)))
+            if keep is not None and (rank > 0 or start >= held):
+                continue
+            parts = [to_uint8(drawn)]
+            if several and keep is None:  # batch by batch to the host of rank 0, so that no device holds all images
                 everyone = [torch.empty_like(parts[0]) for _ in range(world)]
                 dist.all_gather(everyone, parts[0])
                 parts = everyone
             if rank == 0:
                 for owner, part in enumerate(parts):
                     first = owner * share + start
+                    part = part[: len(images) - first]
                     images[first : first + len(part)] = part.cpu().numpy()
     return images[:num]
 

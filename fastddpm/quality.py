@@ -5,6 +5,7 @@ float64, are added over ranks, and where a metric needs the features themselves 
 number. So 1, 2 or 4 processes give the same figures for the same 8-bit images.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import Config
-from .data import ImageData
+from .data import ImageData, open_data
 from .errors import ConfigError
-from .features import Extractor, open_extractor, reference_statistics
+from .features import Extractor, Reference, open_extractor, reference_statistics
 from .generate import Callback, draw_shared
 from .metrics import (
     FEATURE_METRICS,
@@ -32,7 +33,7 @@ from .metrics import (
 )
 from .samplers import Sampler, to_uint8
 
-__all__ = ["FEATURE_METRICS", "Quality", "RunQuality", "measure_quality"]
+__all__ = ["FEATURE_METRICS", "Quality", "RunQuality", "best_record", "measure_quality"]
 
 LESS_IS_BETTER = {"fid", "kid"}
 _NEED_FEATURES = {"kid", "precision", "recall"}  # of single images, and not their sums alone
@@ -75,6 +76,7 @@ def measure_quality(
     seed: int = 0,
     subset_size: int | None = None,
     progress: bool = False,
+    reference: Reference | None = None,
     say: Callable[[str], object] = print,
 ) -> Quality:
     """Draw samples and compare them with real images. Called on all ranks, all of which get the figures.
@@ -88,6 +90,7 @@ def measure_quality(
         seed: of KID's subsets.
         subset_size: of KID; None: 1000, or half of the smaller set where that is less.
         progress: show a bar on stderr, if that is a terminal.
+        reference: of these rows, as reference_of gives it; None: from its file, or taken now.
         say: told, in a line, of work that takes long.
 
     Raises:
@@ -106,21 +109,23 @@ def measure_quality(
         num_classes=extractor.num_classes,
         subset_size=subset,
     )
-    _check_alike(extractor)
-    kept = min(len(rows), MOST_FEATURES) if _NEED_FEATURES.intersection(names) else 0
-    reference = reference_statistics(data, rows, extractor, num_features=kept, say=say)
-    fake = _draw(sampler, num_samples, shape, device, batch_size, extractor, progress)
+    check_alike(extractor)
+    if reference is None:
+        reference = reference_of(names, data, rows, extractor, say)
+    fake = _draw(names, sampler, num_samples, shape, device, batch_size, extractor, progress)
+    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    real_features, fake_features = reference.features.to(place), fake.features.to(place)
     figures: dict[str, dict[str, Any]] = {}
     if "fid" in names:
         figures["fid"] = {"value": frechet_distance(_on_host(reference.sums), fake.sums)}
     if "kid" in names:
-        value, stderr = kernel_distance(reference.features, fake.features, seed=seed, subset_size=subset)
+        value, stderr = kernel_distance(real_features, fake_features, seed=seed, subset_size=subset)
         figures["kid"] = {"value": value, "stderr": stderr if math.isfinite(stderr) else None, "subset_size": subset}
     if "is" in names:
         value, std = inception_score(fake.probabilities)
         figures["is"] = {"value": value, "std": std}
     if {"precision", "recall"}.intersection(names):
-        both = dict(zip(("precision", "recall"), precision_recall(reference.features, fake.features), strict=True))
+        both = dict(zip(("precision", "recall"), precision_recall(real_features, fake_features), strict=True))
         figures |= {name: {"value": both[name]} for name in names if name in both}
     facts = {
         "num_samples": num_samples,
@@ -130,9 +135,27 @@ def measure_quality(
         "sampler": sampler.sampler,
         "sampler_steps": len(sampler.timesteps),
         "sampler_seed": sampler.seed,
-        **{f"extractor_{key}": value for key, value in extractor.about.items() if isinstance(value, int | float | str)},
+        "sampler_guidance": sampler.guidance,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+        **{
+            f"extractor_{key}": value
+            for key, value in extractor.about.items()
+            if isinstance(value, int | float | str) and key != "file"
+        },
     }
     return Quality({name: figures[name] for name in names}, facts, fake.pictures, list(extractor.remarks))
+
+
+def reference_of(
+    metrics: Collection[str],
+    data: ImageData,
+    rows: np.ndarray,
+    extractor: Extractor,
+    say: Callable[[str], object],
+) -> Reference:
+    """Statistics of the real images, with their features one by one where a metric needs them."""
+    kept = min(len(rows), MOST_FEATURES) if _NEED_FEATURES.intersection(metrics) else 0
+    return reference_statistics(data, rows, extractor, num_features=kept, say=say)
 
 
 class RunQuality:
@@ -140,7 +163,6 @@ class RunQuality:
 
     Args:
         config: eval says what is measured.
-        data: the images that the run trains on, which samples are compared with, each row once.
         device: of the networks.
         say: told, in a line, of work that takes long.
 
@@ -149,7 +171,10 @@ class RunQuality:
             that are streamed without a number.
     """
 
-    def __init__(self, config: Config, data: ImageData, device: torch.device, say: Callable[[str], object]) -> None:
+    def __init__(self, config: Config, device: torch.device, say: Callable[[str], object]) -> None:
+        # Every row once: no shares of a mixture, and of a stream one lane, whose epochs leave nothing out.
+        own = dataclasses.replace(config.data, weights=(), bad_image="error", lanes=1)
+        data = open_data(own, config.model.image_size, config.channels)
         self.config, self.data, self.device, self.say = config, data, device, say
         if data.num_images is None:
             raise ConfigError(f"eval.every is set and {config.data.source} does not say how many images it has")
@@ -171,6 +196,8 @@ class RunQuality:
             num_classes=self.extractor.num_classes,
             subset_size=subset,
         )
+        check_alike(self.extractor)
+        self.reference = reference_of(ours.metrics, data, self.rows, self.extractor, say)
 
     def measure(self, sampler: Sampler) -> Quality:
         """Called on all ranks."""
@@ -186,15 +213,20 @@ class RunQuality:
             device=self.device,
             batch_size=ours.batch_size,
             seed=self.config.seed,
+            reference=self.reference,
             say=self.say,
         )
 
-    def best(self, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """The best of what measure gave, by the first metric; the earliest of equals."""
-        metric = self.config.eval.metrics[0]
-        known = [record for record in records if record.get(metric) is not None]
-        sign = 1 if metric in LESS_IS_BETTER else -1
-        return min(known, key=lambda record: sign * record[metric], default=None)
+
+def best_record(records: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The best line of quality.jsonl by a metric, the earliest of equals; None where there is none.
+
+    Only lines that were measured as the last one was: a distance of fewer samples, or in other features, is another.
+    """
+    known = [record for record in records if record.get(metric) is not None]
+    alike = [record for record in known if record.get("features") == known[-1].get("features")]
+    sign = 1 if metric in LESS_IS_BETTER else -1
+    return min(alike, key=lambda record: sign * record[metric], default=None)
 
 
 @dataclass
@@ -207,6 +239,7 @@ class _Drawn:
 
 
 def _draw(
+    metrics: Collection[str],
     sampler: Sampler,
     num: int,
     shape: tuple[int, int, int],
@@ -219,8 +252,9 @@ def _draw(
     world, share = _world(), -(-num // _world())
     classes = sampler.num_classes
     sums = FeatureSums.zeros(extractor.dim, "cpu" if device.type == "mps" else device)  # which has no float64
-    features = torch.zeros(share, extractor.dim)
-    probabilities = None if extractor.num_classes is None else torch.zeros(share, extractor.num_classes)
+    one_by_one = bool(_NEED_FEATURES.intersection(metrics))
+    features = torch.zeros(share if one_by_one else 0, extractor.dim)
+    probabilities = torch.zeros(share, extractor.num_classes or 0) if "is" in metrics else None
     first = _rank() * share
 
     def draw(numbers: Tensor, callback: Callback) -> Tensor:
@@ -231,13 +265,14 @@ def _draw(
         if own > 0:
             sums.add(found[:own].to(sums.sum.device))
         place = slice(int(numbers[0]) - first, int(numbers[0]) - first + len(numbers))
-        features[place] = found.float().cpu()
+        if one_by_one:
+            features[place] = found.float().cpu()
         if probabilities is not None and logits is not None:
             probabilities[place] = logits.float().softmax(1).cpu()
         return x_0
 
-    # The pictures are gathered besides: 8 bits of a pixel are few beside its features.
-    pictures = draw_shared(num, shape, batch_size, len(sampler.timesteps), draw, "sampling" if progress else None)
+    title = "sampling" if progress else None
+    pictures = draw_shared(num, shape, batch_size, len(sampler.timesteps), draw, title, keep=SHOWN)
     flat = sums.flat()
     if world > 1:
         dist.all_reduce(flat)
@@ -247,7 +282,7 @@ def _draw(
         FeatureSums.from_flat(flat.cpu()),
         features[:num],
         None if probabilities is None else probabilities[:num],
-        pictures[:SHOWN],
+        pictures,
     )
 
 
@@ -262,7 +297,7 @@ def _on_host(sums: FeatureSums) -> FeatureSums:
     return FeatureSums.from_flat(sums.flat().cpu())
 
 
-def _check_alike(extractor: Extractor) -> None:
+def check_alike(extractor: Extractor) -> None:
     if _world() == 1:
         return
     versions: list[Any] = [None] * _world()

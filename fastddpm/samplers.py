@@ -218,7 +218,7 @@ class Sampler:
         if guidance != 1 and guide is None and null_class is None:
             raise ConfigError(
                 f"guidance is {guidance}: it needs a network that was trained with hidden classes "
-                "(diffusion.label_dropout), or a guide"
+                "(--diffusion.label-dropout), or a guide (--guide)"
             )
         self._levels = SAMPLERS[sampler].levels(
             schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing
@@ -240,7 +240,7 @@ class Sampler:
         self.sampler, self.schedule = sampler, schedule
         self.unet, self.guide = unet, guide if guidance != 1 else None
         self.null_class = null_class if guidance != 1 and guide is None else None
-        self.guidance_rescale = guidance_rescale if guidance != 1 else 0.0
+        self.guidance, self.guidance_rescale = guidance, guidance_rescale if guidance != 1 else 0.0
         self.dynamic_threshold, self.clip_range = dynamic_threshold, clip_range
         self.self_conditioning = self_conditioning
         self.dtype, self.seed, self.impl, self.graph = dtype, seed, impl, graph
@@ -576,7 +576,7 @@ class Sampler:
             raise ConfigError(f"class_labels has the shape {list(class_labels.shape)}: valid is {[len(images)]}")
         config = getattr(self.unet, "config", None)
         if self.num_classes is None and config is not None and getattr(config, "class_embed_type", None) is None:
-            raise ConfigError("class_labels were given and the network has no classes")
+            raise ConfigError("a class is asked for and the network has none: it was trained without --conditional")
         if self.num_classes is not None and class_labels.device.type == "cpu":
             # The null class may be asked for: it stands for no class.
             embeds = self.num_classes + (self.unet.config.num_class_embeds > self.num_classes)  # type: ignore[attr-defined]

@@ -83,8 +83,10 @@ def run_sample(command: "SampleCommand") -> int:
     print(f"samples    {out / 'samples.npz'}  (arr_0, uint8 {list(drawn.images.shape)})")
     few = min(50, pipeline.process.num_timesteps)
     other = f"ddim --steps {few}" if command.sampler == "ddpm" else "ddpm"
+    same = "".join(f" --class {label}" for label in command.labels[:1]) if len(command.labels) == 1 else ""
+    same += f" --guidance {command.guidance:g}" if command.guidance != 1 and command.guide is None else ""
     print(
-        f"next       fastddpm sample {shlex.quote(command.source)} --num {command.num} --sampler {other} "
+        f"next       fastddpm sample {shlex.quote(command.source)} --num {command.num} --sampler {other}{same} "
         f"--seed {command.seed + 1} --out {shlex.quote(command.out + '-' + other.split()[0])}"
     )
     return 0

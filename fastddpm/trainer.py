@@ -49,7 +49,7 @@ from .order import BatchPlan
 from .pictures import grid, save_picture
 from .pipeline import write_pipeline
 from .preflight import check as check_before_training
-from .quality import RunQuality
+from .quality import RunQuality, best_record
 from .runlog import Progress, RunLog, read_status, write_status
 from .samplers import Sampler
 from .sharding import Peers, check_sharding, local, rows, shard, total_norm
@@ -201,7 +201,7 @@ class Trainer:
         self.qualities = RunLog(self.run, "quality.jsonl")
         self.quality: RunQuality | None = None
         if self.config.eval.every and replay is None:
-            self.quality = RunQuality(self.config, self.data, acc.device, self.say)
+            self.quality = RunQuality(self.config, acc.device, self.say)
         self._replayed = replay or 0
         self.samples_seen = 0
         self.replaced = 0
@@ -312,6 +312,7 @@ class Trainer:
             if newest is not None:
                 self._export(state, path)  # a kill may have come between the checkpoint and the pipeline files
         self.accelerator.wait_for_everyone()
+        self._unmeasured = self._missing_measurement()
 
     def _check_steps(self) -> None:
         steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
@@ -422,7 +423,7 @@ class Trainer:
             with StopRequest(self.replaced, self._patience) as stop:
                 try:
                     self._write_status("running")
-                    finished = self.step >= self.config.steps or self._loop(stop)
+                    finished = (self.step >= self.config.steps and not self._unmeasured) or self._loop(stop)
                     if self.writer is not None:
                         self.writer.drain()
                     self._write_status("done" if finished else "preempted")
@@ -483,8 +484,9 @@ class Trainer:
                 if self.data.warning is not None:
                     progress.say(f"warning: {self.data.warning}")
                 clock = _Clock()
-                if self._eval_due and self.step not in [r["step"] for r in self.qualities.records()]:
-                    with clock.paused():  # a kill has come between the checkpoint and its measurement
+                if self._unmeasured:
+                    watch.at(self.step, "measuring quality")
+                    with clock.paused():
                         self.measure_quality(progress)
                 while self.step < config.steps and not stopped:
                     done = self._optimizer_step(batches, clock, watch)
@@ -508,7 +510,7 @@ class Trainer:
                         self._write_record(clock.close_window(self._record(done)), progress)
                         self.train_step.quartiles.zero_()
                     if self._snapshot_due():
-                        watch.at(self.step, "writing snapshots of averages")
+                        watch.at(self.step, "saving")
                         with clock.paused():
                             self._write_snapshots()
                     if saved:
@@ -778,6 +780,15 @@ class Trainer:
         every = self.config.eval.every
         return self.quality is not None and self.step > 0 and self.step % every == 0
 
+    def _missing_measurement(self) -> bool:
+        """Whether a kill or a signal has come between this checkpoint and its measurement; rank 0 says so for all."""
+        if not self._eval_due:
+            return False
+        told = [self.step not in [record["step"] for record in self.qualities.records()]]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(told)
+        return told[0]
+
     def measure_quality(self, progress: Progress) -> None:
         """Measure samples of the averaged weights, write RUN/quality.jsonl, keep the best checkpoint. On all ranks."""
         assert self.quality is not None
@@ -792,22 +803,27 @@ class Trainer:
             dtype=DTYPES[config.precision],
             seed=config.seed,
         )
-        figures = self.quality.measure(sampler).figures
-        record = {"step": self.step, "samples_seen": self.samples_seen}
-        record |= {name: values["value"] for name, values in figures.items()}
+        measured = self.quality.measure(sampler)
+        values = {name: figure["value"] for name, figure in measured.figures.items()}
+        record = {"step": self.step, "samples_seen": self.samples_seen} | values | {"features": measured.facts}
         if self.accelerator.is_main_process:
             self.qualities.write(record)
             self._spare_best()
         if config.trackers:
-            self.accelerator.log({k: v for k, v in record.items() if k in figures}, step=self.step)
-        progress.say(f"step {self.step}: " + ", ".join(f"{name} {v['value']:.4g}" for name, v in figures.items()))
+            self.accelerator.log(values, step=self.step)
+        progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self._unmeasured = False
         self.accelerator.wait_for_everyone()
 
     def _spare_best(self) -> None:
-        """The best checkpoint so far is not pruned, and named in RUN/best.json."""
-        best = self.quality.best(self.qualities.records()) if self.quality is not None else None
-        if best is not None:
-            self.checkpoints.spared = best["step"]
+        """The best of the checkpoints that are there is not pruned, and named in RUN/best.json."""
+        there = {int(path.name.removeprefix("step-")) for path in self.checkpoints.all()} | {self.step}
+        records = [record for record in self.qualities.records() if record["step"] in there]
+        best = best_record(records, self.config.eval.metrics[0])
+        self.checkpoints.spared = None if best is None else best["step"]
+        if best is None:
+            (self.run / "best.json").unlink(missing_ok=True)
+        else:
             write_json(self.run / "best.json", best | {"checkpoint": f"checkpoints/step-{best['step']:08d}"})
 
     def draw_grid(self) -> Path:

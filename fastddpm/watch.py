@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 # What a step consists of, in order; a process in an earlier one holds up those in a later one.
-PHASES = ("reading data", "computing", "agreeing whether to stop", "saving", "sampling")
+PHASES = ("reading data", "computing", "agreeing whether to stop", "saving", "measuring quality", "sampling")
 # In these all wait for each other; elsewhere all may be busy for as long as it takes.
 MEETINGS = ("computing", "agreeing whether to stop")
 HANG_EXIT_CODE = 1
@@ -92,7 +92,8 @@ class HangWatch:
                 thread.start()
 
     def at(self, step: int, phase: str) -> None:
-        """The training thread begins `phase`, one of PHASES, of `step`."""
+        """The training thread begins `phase`, one of PHASES (ValueError), of `step`."""
+        PHASES.index(phase)
         self._place = (step, phase, time.monotonic())
 
     def close(self) -> None:

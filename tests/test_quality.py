@@ -19,7 +19,7 @@ from fastddpm.errors import ConfigError
 from fastddpm.features import Extractor
 from fastddpm.generate import draw_images
 from fastddpm.metrics import FeatureSums, frechet_distance, inception_score, kernel_distance, precision_recall
-from fastddpm.quality import FEATURE_METRICS, RunQuality, measure_quality
+from fastddpm.quality import FEATURE_METRICS, best_record, measure_quality
 from fastddpm.samplers import Sampler
 from fastddpm.trainer import Trainer
 from fastddpm.unet import UNet
@@ -177,10 +177,11 @@ def test_the_best_checkpoint_is_kept_and_a_measurement_that_is_missing_is_made_u
 def test_a_smaller_distance_and_a_larger_precision_are_better() -> None:
     records = [{"step": s, "fid": f, "precision": p} for s, f, p in ((1, 3.0, 0.2), (2, 2.0, 0.3), (3, 2.0, 0.1))]
     for metric, step in (("fid", 2), ("precision", 2)):
-        quality = object.__new__(RunQuality)
-        quality.config = preset("digits", eval={"metrics": (metric,)})
-        found = quality.best(records)
+        found = best_record(records, metric)
         assert found is not None and found["step"] == step
+    assert best_record([], "fid") is None
+    other = {"step": 4, "fid": 2.5, "features": {"num_samples": 7}}  # of fewer samples: it compares with no other
+    assert best_record([*records, other], "fid") == other
 
 
 def test_what_a_run_cannot_measure_is_said_at_its_start(tmp_path: Path) -> None:

@@ -707,7 +707,7 @@ def test_classes_that_are_not_there() -> None:
         Sampler.of(ProcessConfig(), Classes(), HO, num_steps=2, guidance=2)
     plain: Any = lambda x, t: x  # noqa: E731
     plain.config = SimpleNamespace(num_class_embeds=None, class_embed_type=None)
-    with pytest.raises(ConfigError, match="class_labels were given and the network has no classes"):
+    with pytest.raises(ConfigError, match="a class is asked for and the network has none"):
         Sampler(plain, HO, num_steps=2).sample(numbers_of(1), SHAPE, class_labels=torch.tensor([0]))
 
 

@@ -118,7 +118,7 @@ def test_learned_variance_and_self_conditioning(sources: dict[str, Pipeline], tm
     [
         ("plain", "--guidance 2", "guidance is 2.0: it needs a network that was trained with hidden classes"),
         ("unguidable", "--guidance 2", "guidance is 2.0: it needs a network that was trained with hidden classes"),
-        ("plain", "--class 1", "class_labels were given and the network has no classes"),
+        ("plain", "--class 1", "a class is asked for and the network has none"),
         ("guidable", "--class 4", "class 4 does not exist: valid are 0 .. 2"),
         ("unguidable", "--class -1", "class -1 does not exist: valid are 0 .. 2"),
         ("plain", "--steps 21", "the number of sampling steps is 21: it must be in 1 .. 20"),

@@ -143,3 +143,12 @@ def test_work_that_takes_long_on_all_processes_is_no_hang(tmp_path) -> None:
         assert process.wait() == 0, said
     finally:
         end(process, tmp_path)
+
+
+def test_every_phase_of_the_trainer_is_known() -> None:
+    """One that is not would end a run as soon as another process looks at the table."""
+    text = (Path(__file__).parents[1] / "fastddpm" / "trainer.py").read_text()
+    named = re.findall(r"watch\.at\([^,]+, \"([^\"]+)\"\)", text)
+    assert len(named) >= 6 and set(named) <= set(PHASES)
+    with pytest.raises(ValueError, match="is not in"):
+        HangWatch(0.0, lambda message: None).at(1, "thinking")
