@@ -93,7 +93,8 @@ class HangWatch:
 
     def at(self, step: int, phase: str) -> None:
         """The training thread begins `phase`, one of PHASES (ValueError), of `step`."""
-        PHASES.index(phase)
+        if phase not in PHASES:
+            raise ValueError(f"phase {phase!r} is not in PHASES")
         self._place = (step, phase, time.monotonic())
 
     def close(self) -> None:
