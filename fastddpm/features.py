@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -42,7 +41,7 @@ from .files import expand, replace_file, sha256, write_json
 from .library import one_line
 from .metrics import FeatureSums
 from .order import Purpose, derive_key, permute, random_words
-from .stored import digest_of
+from .stored import digest_of, held
 
 _VERSION = 1  # of the classifier, its training and of how images reach a network: raise it when one of them changes
 _FOLDER = "fastddpm-features"
@@ -212,10 +211,7 @@ def _kept(kind: str, identity: dict[str, Any], compute: Callable[[], tuple[dict[
     path = folder / f"{kind}-{digest_of(identity, _VERSION)}.safetensors"
     if (found := _read(path)) is not None:
         return found
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, NotImplementedError):  # without a lock the work is done more than once
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
+    with held(path.with_suffix(".lock")):
         if (found := _read(path)) is not None:  # another process has written it in the meantime
             return found
         arrays, about = compute()

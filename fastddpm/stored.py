@@ -47,7 +47,7 @@ def stored(identity: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]
     found = _read(path)
     if found is not None:
         return found
-    with _held(path.with_suffix(".lock")):
+    with held(path.with_suffix(".lock")):
         found = _read(path)  # another process may have written it in the meantime
         if found is None:
             found = compute()
@@ -56,7 +56,8 @@ def stored(identity: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
+def held(path: Path) -> Iterator[None]:
+    """Inside, other processes wait that want the same lock file; where there can be none, nobody waits."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):  # without a lock the work is done more than once
             path.parent.mkdir(parents=True, exist_ok=True)
